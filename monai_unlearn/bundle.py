@@ -1,0 +1,214 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""How a bundle's configuration carries out the phases of a run.
+
+MONAI gives the expressions of a configuration no way to ask for the configuration itself. The functions here find the
+``ConfigParser`` (and the ``ConfigWorkflow``) that is evaluating them on the call stack; this module is the only place
+that does, and a test holds it to MONAI's behaviour.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+from torch import nn
+
+from .checkpoint import CheckpointError, load_weights
+from .datasets import DataError
+from .engines import load_phase, run_phase
+from .handlers import NotFiniteError
+from .request import RequestError
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What changes where and how a run happens, not what it computes.
+EPHEMERAL = {"bundle_root", "output_dir", "device", "num_workers", "dataset_dir", "datalist", "data", "store", "phase"}
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (RequestError, 2),
+    (DataError, 3),
+    (CheckpointError, 3),
+    (NotFiniteError, 4),
+)
+
+
+class Stop(SystemExit):
+    """Ends a bundle run with a message of a few lines and an exit code: 2 request or configuration, 3 data, 4 numbers.
+
+    It derives from ``SystemExit`` because MONAI wraps every other exception of an expression in a traceback.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Print a message for the person at the terminal, and end the run."""
+    print(f"\nmonai_unlearn: {message}\n", file=sys.stderr, flush=True)
+    raise Stop(message, code)
+
+
+def plain_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Within a bundle run, turn the errors a person can mend into :class:`Stop`; elsewhere they stay exceptions."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except tuple(kind for kind, _ in EXIT_CODES) as error:
+            if next(on_stack(ConfigWorkflow), None) is None:
+                raise
+            stop(str(error), next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
+
+    return wrapped
+
+
+def on_stack(kind: type[R]) -> Iterator[R]:
+    """The objects of a class whose methods are running, innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            yield owner
+        frame = frame.f_back
+
+
+def running_parser() -> ConfigParser:
+    """The parser whose expression is being evaluated.
+
+    Raises:
+        RuntimeError: outside of a bundle's configuration.
+    """
+    for parser in on_stack(ConfigParser):
+        return parser
+    raise RuntimeError("this function works inside an expression of a MONAI bundle's configuration only.")
+
+
+def bundle_root() -> str:
+    """The folder of the bundle whose configuration is running: the parent of its ``configs``, never the current one.
+
+    Raises:
+        RuntimeError: outside of a ``ConfigWorkflow``.
+    """
+    for workflow in on_stack(ConfigWorkflow):
+        return str(Path(workflow.config_root_path).parent)
+    raise RuntimeError("no bundle is running; give bundle_root.")
+
+
+def fingerprint(config_id: str, **overrides: Any) -> str:
+    """sha256 of an item of the running configuration with everything it refers to, as text, and of ``overrides``.
+
+    Paths, the device and the number of workers do not count; the content of data and weights is hashed where it is
+    used.
+    """
+    return _fingerprint(running_parser(), config_id, overrides)
+
+
+def _fingerprint(parser: ConfigParser, config_id: str, overrides: dict[str, Any]) -> str:
+    seen: dict[str, Any] = {}
+
+    def visit(name: str) -> None:
+        if name in seen or name.split("::")[0] in EPHEMERAL or name.split("::")[0] in overrides:
+            return
+        config = parser.get(name, None)
+        if config is None and name not in parser:
+            return
+        seen[name] = "" if isinstance(config, (dict, list)) else repr(config)
+        for text in _leaves(config):
+            for reference in ReferenceResolver.match_refs_pattern(ReferenceResolver.normalize_id(text)):
+                visit(reference)
+        if isinstance(config, (dict, list)):
+            seen[name] = json.dumps(config, sort_keys=True, default=repr)
+
+    visit(ReferenceResolver.normalize_id(config_id))
+    numbers = {key: value for key, value in overrides.items() if isinstance(value, (int, float, str))}
+    content = json.dumps([sorted(seen.items()), sorted(numbers.items())], default=repr)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _leaves(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, (dict, list)):
+        for entry in config.values() if isinstance(config, dict) else config:
+            yield from _leaves(entry)
+
+
+def content(config_id: str) -> Any:
+    """An item of the running configuration, resolved only now: what stands behind an ``if`` of an expression.
+
+    A reference ``@id`` in an expression is resolved before the expression runs, whether it is needed or not.
+    """
+    return running_parser().get_parsed_content(config_id)
+
+
+def resolved(config_id: str) -> dict[str, Any]:
+    """The entries of a section of the running configuration that have been resolved so far, by name."""
+    prefix = ReferenceResolver.normalize_id(config_id) + "::"
+    found = running_parser().ref_resolver.resolved_content
+    return {
+        key.removeprefix(prefix): value
+        for key, value in found.items()
+        if key.startswith(prefix) and "::" not in key.removeprefix(prefix)
+    }
+
+
+def variant(config_id: str, **overrides: Any) -> Any:
+    """Build an item of the running configuration anew, with other values for some top-level keys.
+
+    The retrained model and the references are the original's recipe on other data; this is how they cannot differ in
+    anything else.
+
+    Args:
+        config_id: such as ``train#trainer``.
+        overrides: Python objects for top-level keys; they are used as they are and never parsed.
+    """
+    parser = running_parser()
+    for key in overrides:
+        if key not in parser.config:
+            raise KeyError(f"the configuration has no top-level key {key!r} to override.")
+    child = ConfigParser(copy.deepcopy(parser.get()), globals={"_overrides": overrides})
+    for key in overrides:
+        child[key] = f"$_overrides[{key!r}]"
+    return child.get_parsed_content(config_id)
+
+
+@plain_errors
+def phase(config_id: str, path: str | Path, given: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """Carry out one phase of the running configuration: train it, finish it, or take it as it is.
+
+    Args:
+        config_id: of the trainer, such as ``train#trainer``.
+        path: the file of weights to make.
+        given: a file of weights that makes the phase unnecessary; opened for reading only.
+        overrides: see :func:`variant`; without any the configuration's own trainer is used.
+
+    Returns:
+        The record of :func:`monai_unlearn.engines.run_phase` with ``path``; for given weights just the path.
+    """
+    if given:
+        return {"path": str(given), "given": True}
+    parser = running_parser()
+    trainer = variant(config_id, **overrides) if overrides else parser.get_parsed_content(config_id)
+    return {**run_phase(trainer, path, _fingerprint(parser, config_id, overrides)), "path": str(path)}
+
+
+@plain_errors
+def frozen(network: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """A plain network with the weights of a phase, in eval mode and without gradients."""
+    if record.get("given"):
+        return load_weights(network, record["path"]).eval().requires_grad_(False)
+    return load_phase(network, record["path"], record)

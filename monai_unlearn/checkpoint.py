@@ -1,0 +1,191 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there, weights of which every key is accounted for, and training that resumes.
+
+Nothing here unpickles: weights and checkpoints are read with ``weights_only=True`` or as safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A file of weights cannot be used; the message names it, the reason and the remedy."""
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the final name, flushed to disk, when the block ends well.
+
+    A killed process leaves the old file, or none, and at most a temporary file, which the next write removes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | Path, mode: int = 0o644) -> None:
+    """Write a text file, atomically."""
+    with atomic_path(path, mode) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: Any, path: str | Path, mode: int = 0o644) -> None:
+    """Write JSON, atomically; NaN and infinity are refused because JSON has neither."""
+    write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path, mode)
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(dict(state), temporary, metadata={"format": "pt", **metadata})
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: when it is missing, damaged or holds values that are not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    _refuse_not_finite(state, path)
+    return state, metadata
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(file.read()).hexdigest()
+        )  # fmt: skip
+
+
+# weights --------------------------------------------------------------------------------------------------------------
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and values of a state dict, independent of order, device and file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path} holds values that are not finite, in {', '.join(broken[:5])}; use another file.")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: flat, or under ``model`` or ``state_dict``.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, needs unpickling, or holds anything but finite tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; give the path of a state dict.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files; all mean the same here
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or more than a plain state dict; save it again as "
+            f"torch.save(network.state_dict(), path). ({type(error).__name__})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no state dict of tensors.")
+    _refuse_not_finite(content, path)
+    return content
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load a state dict into a network, in place; every key on both sides must fit.
+
+    Raises:
+        CheckpointError: naming the keys that are missing, left over or of another shape.
+    """
+    state = read_weights(path)
+    own = network.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        hint = " Release plain weights: merge adapters first." if any("lora_" in name for name in extra) else ""
+        raise CheckpointError(f"{path} does not fit {type(network).__name__}: keys {'; '.join(problems)}.{hint}")
+    network.load_state_dict(state)
+    return network
+
+
+def save_weights(network: nn.Module, path: str | Path) -> None:
+    """Write a network's plain state dict, atomically.
+
+    Raises:
+        CheckpointError: when a value is not finite, or adapters are still in the network.
+    """
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    if any(".lora_A." in name for name in state):
+        raise CheckpointError("the network still has adapters; merge them before saving plain weights.")
+    _refuse_not_finite(state, path)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new network whose initial weights are fixed by ``seed``; the global random state stays as it was."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return build()

@@ -1,0 +1,297 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples meet in a batch, and what is computed once instead of in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import DataLoader, Dataset
+from monai.transforms import MapTransform
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+
+from .checkpoint import weights_digest
+from .request import item_id
+
+ORDERS = ("mixed", "alternate", "sequential")
+
+
+class ForgetRetainSampler(Sampler[list[int]]):
+    """Batches of samples to forget and of samples to keep, for a loader's ``batch_sampler``.
+
+    ``mixed`` puts both into every batch; the smaller group starts over, in a new order, as often as the larger one
+    needs. ``alternate`` gives pure batches in turn, likewise. ``sequential`` gives all pure batches to keep and then
+    all to forget, each sample once: the order of Erase to Retain (arXiv 2511.16574). No order drops a sample of the
+    group that sets the length of the epoch, and no batch holds a sample twice.
+
+    Every epoch has its own order, fixed by ``(seed, epoch)``: after :meth:`set_epoch` a resumed run continues exactly.
+    With several ranks each takes its own part of every group, all ranks yield equally many batches, and every group is
+    dealt out anew in each epoch.
+
+    Args:
+        forget: for each item of the dataset, whether it is to be forgotten; bools or 0 and 1.
+        num_forget: samples to forget in each (mixed or forget) batch; 0 leaves them out.
+        num_retain: samples to keep in each (mixed or retain) batch; 0 leaves them out.
+        order: ``mixed``, ``alternate`` or ``sequential``.
+        retain_per_forget: samples to keep that an epoch shows for each sample to forget; None shows all of them. It
+            makes the cost of an epoch independent of the training set's size.
+        seed: fixes the order of the whole run.
+        rank: of this process.
+        num_ranks: of processes.
+
+    Raises:
+        ValueError: on an unknown order, numbers below zero, no samples asked for, a group that the batches need but
+            that has fewer samples than there are ranks, or a rank out of range.
+
+    Example:
+        >>> sampler = ForgetRetainSampler([True, False, False, False], num_forget=1, num_retain=2)
+        >>> [len(batch) for batch in sampler]
+        [3, 2]
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[bool] | Tensor,
+        num_forget: int,
+        num_retain: int,
+        order: str = "mixed",
+        retain_per_forget: float | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+        if min(num_forget, num_retain) < 0 or num_forget + num_retain == 0:
+            raise ValueError(
+                f"num_forget and num_retain must not be negative nor both 0, got {num_forget}, {num_retain}."
+            )
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank must lie in [0, {num_ranks}), got {rank}.")
+        flags = torch.as_tensor(forget).bool()
+        self.groups = [
+            (name, indices, number)
+            for name, indices, number in (
+                ("num_retain", (~flags).nonzero().flatten(), num_retain),
+                ("num_forget", flags.nonzero().flatten(), num_forget),
+            )
+            if number > 0
+        ]
+        for name, indices, number in self.groups:
+            if len(indices) < num_ranks:
+                raise ValueError(
+                    f"{name} is {number}, but the dataset has {len(indices)} such samples for {num_ranks} ranks."
+                )
+        self.order, self.seed, self.epoch, self.rank, self.num_ranks = order, seed, 0, rank, num_ranks
+        self.retain_limit = None if retain_per_forget is None else max(1, round(retain_per_forget * int(flags.sum())))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; without it the sampler counts by itself."""
+        self.epoch = epoch
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """For each group the samples an epoch shows on each rank, at most one apart, and those of a batch."""
+        sizes = []
+        for name, indices, number in self.groups:
+            count = len(indices) if name == "num_forget" or self.retain_limit is None else self.retain_limit
+            count = -(-min(count, len(indices)) // self.num_ranks)
+            sizes.append((count, min(number, len(indices) // self.num_ranks)))
+        return sizes
+
+    def __len__(self) -> int:
+        batches = [-(-count // number) for count, number in self._sizes()]
+        return max(batches) if self.order == "mixed" else sum(batches) if self.order == "sequential" else (
+            max(batches) * len(batches)
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        self.epoch += 1
+        sizes = self._sizes()
+        rounds = max(-(-count // number) for count, number in sizes)
+        streams = []
+        for (_, indices, _), (count, number) in zip(self.groups, sizes, strict=True):
+            needed = count if self.order == "sequential" else max(count, rounds * number)
+            whole = self.order == "sequential" or -(-count // number) == rounds
+            streams.append(self._batches(indices, count if whole else needed, number, generator))
+        if self.order == "mixed":
+            yield from (sum(parts, []) for parts in zip(*streams, strict=True))
+        elif self.order == "alternate":
+            for parts in zip(*streams, strict=True):
+                yield from parts
+        else:
+            for stream in streams:
+                yield from stream
+
+    def _batches(self, indices: Tensor, needed: int, number: int, generator: torch.Generator) -> list[list[int]]:
+        """``needed`` samples of this rank in batches of ``number``; no sample twice in a batch."""
+        dealt: list[int] = []
+        while len(dealt) < needed:
+            order = indices[torch.randperm(len(indices), generator=generator)]
+            padded = -(-len(order) // self.num_ranks) * self.num_ranks
+            mine = order.repeat(2)[:padded][self.rank :: self.num_ranks].tolist()
+            tail = set(dealt[len(dealt) // number * number :])  # the batch under way
+            dealt += [one for one in mine if one not in tail] + [one for one in mine if one in tail]
+        return [dealt[start : start + number] for start in range(0, needed, number)]
+
+
+class MarkForgetd(MapTransform):
+    """Give an item its ``forget`` flag, from the item itself or from the ids to forget.
+
+    A flag that the item carries stands. Otherwise the stem of the image's file name is looked up among ``ids``, so
+    lists that hold nothing but image and label work too.
+
+    Args:
+        keys: the item's image, a path; must run before the image is loaded.
+        ids: the ids to forget, compared as text.
+        forget_key: where the flag goes.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", ids: Iterable[Any] = (), forget_key: str = "forget") -> None:
+        super().__init__(keys)
+        self.ids = frozenset(str(one) for one in ids)
+        self.forget_key = forget_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if self.forget_key not in d:
+            d[self.forget_key] = item_id({**d, "image": d[self.first_key(d)]}) in self.ids
+        return d
+
+
+class CheckMaskd(MapTransform):
+    """Refuse a mask that does not fit its image, by the file's name; see :func:`monai_unlearn.datasets.check_mask`.
+
+    Args:
+        keys: the mask, ``(1, *spatial)``, just loaded.
+        image_key: the photograph, ``(C, *spatial)``.
+    """
+
+    def __init__(self, keys: KeysCollection = "label", image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        from .datasets import DataError, check_mask
+
+        d = dict(data)
+        for key in self.key_iterator(d):
+            try:
+                check_mask(np.asarray(d[key])[0] > 0, d[self.image_key].shape[1:])
+            except DataError as error:
+                name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
+                raise DataError(f"{str(name).rsplit('/', 1)[-1]}: {error}") from error
+        return d
+
+
+class MemoryDataset(Dataset):
+    """A dataset whose deterministic transform runs once per item, however many datasets share the item.
+
+    Args:
+        data: data-list items.
+        transform: deterministic preprocessing; its result is kept as plain tensors.
+        store: where results are kept, keyed by image and label path; give the same dict to every dataset of a run so
+            that each file is decoded once. It holds images and must not be written to disk.
+        extra: item keys handed on beside the transform's own, such as ``forget``; they are not stored.
+        targets: further tensors by image path, such as a teacher's logits, under the name of the item key.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable[[Any], Any],
+        store: MutableMapping[Any, dict[str, Tensor]] | None = None,
+        extra: Sequence[str] = (),
+        targets: Mapping[str, Mapping[Any, Tensor]] | None = None,
+    ) -> None:
+        super().__init__(data, transform)
+        self.store = {} if store is None else store
+        self.extra = tuple(extra)
+        self.targets = {} if targets is None else targets
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        item = self.data[index]
+        key = store_key(item)
+        if key not in self.store:
+            result = self.transform(dict(item))
+            self.store[key] = {
+                name: (value.as_tensor() if hasattr(value, "as_tensor") else value)
+                for name, value in result.items()
+                if isinstance(value, Tensor)
+            }
+        sample = {**self.store[key], **{name: item[name] for name in self.extra if name in item}}
+        for name, values in self.targets.items():
+            if key in values:
+                sample[name] = values[key]
+            else:  # rows of a batch hold the same keys; whoever reads this one gets a loss that is not a number
+                sample[name] = torch.full_like(next(iter(values.values())), torch.nan)
+        return sample
+
+    def digest(self) -> str:
+        """sha256 over what an epoch can see: each item's content, flags and targets, in order."""
+        digest = hashlib.sha256()
+        for item in self.data:
+            key = store_key(item)
+            content = [item.get("sha256", key[0]), item.get("label_sha256", key[1])]
+            digest.update(repr(content + [item.get(name) for name in self.extra]).encode())
+            for name, values in sorted(self.targets.items()):
+                if key in values:
+                    digest.update(weights_digest({name: values[key]}).encode())
+        return digest.hexdigest()
+
+    @property
+    def forget(self) -> list[bool]:
+        """The items' flags, for the sampler."""
+        return [bool(item.get("forget", False)) for item in self.data]
+
+
+def store_key(item: Mapping[str, Any]) -> tuple[str, str]:
+    """What identifies an item's content in a store: the paths of its image and its label."""
+    return str(item["image"]), str(item.get("label", ""))
+
+
+@torch.no_grad()
+def cache_outputs(
+    network: nn.Module,
+    dataset: MemoryDataset,
+    device: str | torch.device = "cpu",
+    batch_size: int = 16,
+    post: Callable[[Tensor], Tensor] | None = None,
+    desc: str = "teacher outputs",
+) -> dict[tuple[str, str], Tensor]:
+    """What a frozen network says about each item, computed once on the deterministic view.
+
+    The network runs in eval mode and is left in the mode it was in.
+
+    Args:
+        network: gives logits ``(B, C, *spatial)`` or ``(B, C)``.
+        dataset: its items hold ``image``.
+        device: where to compute; the result lies in host memory.
+        batch_size: images at a time.
+        post: applied to each batch of logits, such as ``torch.sigmoid``.
+        desc: name on the progress bar.
+
+    Returns:
+        The output of each item, keyed as in :class:`MemoryDataset`, for its ``targets``.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    outputs: dict[tuple[str, str], Tensor] = {}
+    try:
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
+        rows = iter(dataset.data)
+        for batch in tqdm(loader, desc, leave=False):
+            logits = network(batch["image"].to(device))
+            for value, item in zip((logits if post is None else post(logits)).cpu(), rows):
+                outputs[store_key(item)] = value.clone()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return outputs

@@ -1,0 +1,230 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""How MONAI's SupervisedTrainer gets a batch to unlearn from, and how one phase of a run is carried out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from monai.engines import PrepareBatch, Trainer, default_prepare_batch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
+from .data import MemoryDataset, cache_outputs, store_key
+from .handlers import ResumeEachEpoch
+from .lora import merge_lora
+from .losses import Target
+from .relabel import Relabel, keep_label
+from .request import Resolution
+
+logger = logging.getLogger(__name__)
+
+
+class PrepareUnlearning(PrepareBatch):
+    """The ``prepare_batch`` of a trainer that unlearns: gives the samples to forget their new labels.
+
+    A label computed beforehand (the item ``forget_label``) is used where the batch holds one, else ``relabel`` makes
+    it. The teacher's logits are taken from the batch (the item ``teacher``) where it holds them, else from ``teacher``.
+    The batch is left as it is.
+
+    Args:
+        relabel: new labels for the samples to forget, see :mod:`monai_unlearn.relabel`.
+        teacher: the frozen original model, used in eval mode; None when its logits come with the batch, or nothing is
+            distilled.
+        forget_key: the batch item that says which samples to forget, ``(B,)``.
+
+    Raises:
+        ValueError: in use, when the batch lacks its label or its forget flags.
+    """
+
+    def __init__(
+        self, relabel: Relabel = keep_label, teacher: nn.Module | None = None, forget_key: str = "forget"
+    ) -> None:
+        self.relabel = relabel
+        self.teacher = teacher
+        self.forget_key = forget_key
+
+    def __call__(
+        self,
+        batchdata: dict[str, Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Target, tuple, dict]:
+        for key in ("label", self.forget_key):
+            if key not in batchdata:
+                raise ValueError(f"the batch has no item {key!r}; it holds {', '.join(map(str, batchdata))}.")
+        image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
+        forget = torch.as_tensor(batchdata[self.forget_key]).to(device).bool()  # 0 and 1 would be taken for indices
+        label = label.clone()
+        if forget.any():
+            if "forget_label" in batchdata:
+                label[forget] = batchdata["forget_label"].to(device, non_blocking=non_blocking)[forget]
+            else:
+                label[forget] = self.relabel(image[forget], label[forget])
+        teacher = None
+        if "teacher" in batchdata:
+            teacher = batchdata["teacher"].to(device, non_blocking=non_blocking)
+        elif self.teacher is not None:
+            self.teacher.eval()
+            with torch.no_grad():
+                teacher = self.teacher(image)
+        return image, Target(label, forget, teacher), (), {}
+
+
+def training_flops(network: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of one forward and backward pass for one sample, counted on a copy.
+
+    Args:
+        network: what trains is what requires gradients in it.
+        image: one sample, ``(C, *spatial)``.
+    """
+    probe = copy.deepcopy(network).eval()
+    with FlopCounterMode(display=False) as counter:
+        output = probe(image[None])
+        if output.requires_grad:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+def forward_flops(network: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of one forward pass for one sample ``(C, *spatial)``."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(network).eval()(image[None])
+    return counter.get_total_flops()
+
+
+def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str, Any]:
+    """Train to the end, from wherever an earlier attempt was stopped, and write plain weights.
+
+    A phase that is complete is not run again: its weights are loaded instead. What identifies it is the configuration
+    (``fingerprint``), the initial weights, and the content of the data. A file of the same name from another
+    configuration is replaced.
+
+    Args:
+        trainer: built and not yet run. Its network holds the phase's initial weights; adapters are merged for the file.
+        path: the file of weights to make, such as ``models/original.pt``; ``path`` with the suffix ``.json`` holds its
+            record. While it runs, its state lies in ``private/resume`` beside the folder of ``path``.
+        fingerprint: of the configuration.
+
+    Returns:
+        The record: ``sha256`` of file and weights, ``seconds``, ``images`` and ``flops`` spent, ``reused``, and what
+        the phase's handlers reported.
+
+    Raises:
+        CheckpointError: when the finished file fails its digest, or the loaded weights do not fit.
+    """
+    path = Path(path)
+    network = trainer.network
+    dataset = trainer.data_loader.dataset  # type: ignore[union-attr]
+    key = hashlib.sha256(
+        f"{fingerprint}:{weights_digest(network.state_dict())}:{dataset.digest()}".encode()
+    ).hexdigest()
+    record_path = path.with_suffix(".json")
+    record = _read_record(record_path)
+    if record.get("key") == key and path.is_file():
+        if file_digest(path) == record["sha256"]:
+            return {**record, "reused": True}
+        logger.warning("%s fails its digest and is made anew.", path.name)
+    epochs = trainer.state.max_epochs or 0
+    resumable = ResumeEachEpoch(path.parent.parent / "private" / "resume" / path.name, key)
+    resumable.attach(trainer)
+    start = time.perf_counter()
+    if epochs > 0:
+        trainer.run()
+    seconds = time.perf_counter() - start + resumable.seconds_before
+    save_weights(merge_lora(network), path)
+    image = dataset[0]["image"].to(next(network.parameters()).device)
+    record = {
+        "key": key,
+        "sha256": file_digest(path),
+        "seconds": seconds,
+        "images": resumable.images,
+        "flops": resumable.images * training_flops(network, image) if resumable.images else 0,
+        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in merge_lora(network).parameters()),
+        "reports": resumable.reports(),
+    }
+    write_json(record, record_path)
+    resumable.remove()
+    return {**record, "reused": False}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        logger.warning("%s cannot be read; its phase is run again.", path.name)
+        return {}
+
+
+class UnlearningTargets(NamedTuple):
+    """What the unlearning phase needs to know of the frozen models, computed once.
+
+    Attributes:
+        values: ``teacher``: the original's logits on retained items; ``forget_label``: the new labels of the forget
+            items. For the ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`.
+        record: ``seconds``, ``flops`` and ``images`` (forward passes) it took.
+    """
+
+    values: dict[str, dict[Any, Tensor]]
+    record: dict[str, float]
+
+
+def unlearning_targets(
+    original: nn.Module,
+    relabel: Relabel | None,
+    resolution: Resolution,
+    transform: Callable[[Any], Any],
+    store: dict[Any, Any],
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+) -> UnlearningTargets:
+    """The teacher's logits on retained items and the new labels of forget items, on the deterministic view.
+
+    Args:
+        original: the frozen original model.
+        relabel: see :mod:`monai_unlearn.relabel`; None leaves the forget items their labels.
+        resolution: who is forgotten.
+        transform: deterministic preprocessing.
+        store: of decoded items.
+        device: where to compute.
+        batch_size: items at a time.
+    """
+    start = time.perf_counter()
+    splits = resolution.splits
+    retain = MemoryDataset(splits["retain"], transform, store)
+    forget = MemoryDataset(splits["forget"], transform, store)
+    values = {"teacher": cache_outputs(original, retain, device, batch_size)}
+    images = len(retain)
+    if relabel is not None:
+        labels = {}
+        for item, sample in zip(forget.data, (forget[index] for index in range(len(forget)))):
+            image, label = sample["image"][None].to(device), sample["label"][None].to(device)
+            labels[store_key(item)] = relabel(image, label)[0].cpu()
+        values["forget_label"] = labels
+        images += len(forget)
+    flops = images * forward_flops(original, retain[0]["image"].to(device))
+    return UnlearningTargets(values, {"seconds": time.perf_counter() - start, "flops": flops, "images": images})
+
+
+def load_phase(network: nn.Module, path: str | Path, record: Mapping[str, Any]) -> nn.Module:
+    """The plain network with the weights a phase has written, in eval mode and frozen.
+
+    Raises:
+        CheckpointError: when the file is not the one the record speaks of, or does not fit.
+    """
+    if file_digest(path) != record["sha256"]:
+        raise CheckpointError(f"{path} changed since it was written (sha256 differs); remove it and run again.")
+    return load_weights(network, path).eval().requires_grad_(False)

@@ -1,0 +1,353 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""When to stop, and what keeps a run safe while it lasts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import logging
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import LrScheduleHandler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import CheckpointError, atomic_path, weights_digest
+from .losses import UnlearningLoss
+
+logger = logging.getLogger(__name__)
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss stopped being a number; the weights are those before the step that would have used it."""
+
+
+class StopWhenNotFinite:
+    """Stop at once when the loss is NaN or infinite, before the backward pass can spoil the weights.
+
+    Raises:
+        NotFiniteError: while training, naming epoch and iteration.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a MONAI trainer."""
+        from monai.engines import IterationEvents
+
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output["loss"]  # type: ignore[index,call-overload]
+        if not torch.isfinite(torch.as_tensor(loss)).all():
+            raise NotFiniteError(
+                f"the loss is {float(torch.as_tensor(loss).detach().sum())} in epoch {engine.state.epoch}, iteration "
+                f"{engine.state.iteration}. Look for values in the images that are not finite, or lower learning_rate."
+            )
+
+
+class ReseedEachEpoch:
+    """Seed torch, numpy and random from (seed, epoch) when an epoch starts, so that a resumed run equals an undisturbed one.
+
+    A batch sampler or sampler with ``set_epoch`` is told the epoch.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        digest = hashlib.sha256(f"{self.seed}:{engine.state.epoch}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        loader = engine.state.dataloader
+        for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(engine.state.epoch)
+
+
+class PhaseProgress:
+    """One progress bar for a whole phase, with the loss.
+
+    Args:
+        desc: the phase's name.
+    """
+
+    def __init__(self, desc: str) -> None:
+        self.desc = desc
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        for event in (Events.COMPLETED, Events.EXCEPTION_RAISED):
+            engine.add_event_handler(event, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        if self.bar is None:
+            length = engine.state.epoch_length or 0
+            self.bar = tqdm(
+                total=length * (engine.state.max_epochs or 0), initial=length * (engine.state.epoch - 1), desc=self.desc
+            )
+
+    def __call__(self, engine: Engine) -> None:
+        assert self.bar is not None
+        self.bar.update(1)
+        if engine.state.iteration % 10 == 0:
+            loss = torch.as_tensor(engine.state.output["loss"]).mean()  # type: ignore[index,call-overload]
+            self.bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{float(loss):.3f}")
+
+    def _close(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if error is not None:
+            raise error
+
+
+class TeacherGuard:
+    """Refuse a run that changes its teacher: weights and buffers are compared bit by bit, before and after.
+
+    Args:
+        teacher: a frozen network, or a mapping of name to tensor (cached logits).
+
+    Raises:
+        RuntimeError: when training is over and the teacher differs.
+    """
+
+    def __init__(self, teacher: nn.Module | Mapping[Any, Tensor]) -> None:
+        self.teacher = teacher
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._remember)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def _digest(self) -> str:
+        state = self.teacher.state_dict() if isinstance(self.teacher, nn.Module) else self.teacher
+        return weights_digest({str(name): value for name, value in state.items()})
+
+    def _remember(self, engine: Engine) -> None:
+        self.before = self._digest()
+
+    def __call__(self, engine: Engine) -> None:
+        if self._digest() != self.before:
+            raise RuntimeError(
+                "the teacher changed while the student was trained; it must be a frozen copy in eval mode."
+            )
+
+
+class StopAtReference:
+    """Forget no further than a model that never saw the samples would score, and keep the epoch that comes closest.
+
+    When an epoch ends the evaluator scores the forget set (and a sample of the retain set). Above the reference the
+    forget term pulls with its full weight; over the last ``softness`` above the reference the weight falls to 0 in
+    proportion, so that training settles at the reference instead of running through it. At the end the network gets
+    the weights of the epoch with the smallest distance, among the epochs whose retain score is within budget.
+
+    Args:
+        evaluator: anything with ``run()`` that leaves the scores in ``state.metrics``, higher is better: a MONAI
+            evaluator, or :class:`monai_unlearn.audit.SplitEvaluator`.
+        reference: the expected-unseen score (audit: q̂).
+        network: the network that trains; the best weights are kept in host memory.
+        loss: its ``forget_weight`` is the one that is turned down; None only watches and keeps the best epoch.
+        forget_metric: key of the score on the forget set.
+        retain_metric: key of the score on retained samples; None sets no budget.
+        retain_budget: how far the retain score may fall below its value before training.
+        softness: width above the reference over which the pull fades.
+        tolerance: a best epoch further below the reference than this is reported as overshoot.
+
+    Raises:
+        ValueError: when the reference is not a finite number or a width is not positive.
+    """
+
+    def __init__(
+        self,
+        evaluator: Any,
+        reference: float,
+        network: nn.Module,
+        loss: UnlearningLoss | None = None,
+        forget_metric: str = "forget",
+        retain_metric: str | None = "retain",
+        retain_budget: float = 0.1,
+        softness: float = 0.05,
+        tolerance: float = 0.02,
+    ) -> None:
+        if not np.isfinite(reference):
+            raise ValueError(f"the reference must be a finite number, got {reference}.")
+        if min(retain_budget, softness, tolerance) <= 0:
+            raise ValueError(
+                f"budget, softness and tolerance must be positive: {retain_budget}, {softness}, {tolerance}."
+            )
+        self.evaluator, self.reference, self.network, self.loss = evaluator, float(reference), network, loss
+        self.forget_metric, self.retain_metric = forget_metric, retain_metric
+        self.retain_budget, self.softness, self.tolerance = retain_budget, softness, tolerance
+        self.full_weight = loss.forget_weight if loss is not None else 0.0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = -1
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _score(self, epoch: int) -> None:
+        self.evaluator.run()
+        metrics = self.evaluator.state.metrics
+        entry = {"epoch": float(epoch), "forget": float(metrics[self.forget_metric])}
+        if self.retain_metric is not None:
+            entry["retain"] = float(metrics[self.retain_metric])
+        if not all(np.isfinite(value) for value in entry.values()):
+            raise NotFiniteError(f"a score is not finite after epoch {epoch}: {entry}.")
+        self.history.append(entry)
+        if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0)):
+            self.best_epoch = epoch
+            self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        if self.loss is not None:
+            pull = (entry["forget"] - self.reference) / self.softness
+            self.loss.forget_weight = self.full_weight * min(1.0, max(0.0, pull))
+
+    def _rank(self, entry: Mapping[str, float]) -> tuple[float, float]:
+        """Smaller is better: within budget first, then the distance to the reference."""
+        floor = self.history[0].get("retain", 0.0) - self.retain_budget
+        return float(entry.get("retain", 1.0) < floor), abs(entry["forget"] - self.reference)
+
+    def _start(self, engine: Engine) -> None:
+        if not self.history:
+            self._score(0)
+
+    def __call__(self, engine: Engine) -> None:
+        self._score(engine.state.epoch)
+
+    def _finish(self, engine: Engine) -> None:
+        assert self.best is not None
+        self.network.load_state_dict(self.best)
+        if self.report()["overshoot"]:
+            logger.warning("forgot further than the reference: see the report's overshoot.")
+
+    def report(self) -> dict[str, Any]:
+        """What happened, ready for JSON: reference, history, best epoch, whether it lies below the reference."""
+        best = next((entry for entry in self.history if entry["epoch"] == self.best_epoch), None)
+        return {
+            "reference": self.reference,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "overshoot": bool(best and best["forget"] < self.reference - self.tolerance),
+            "reached": bool(best and best["forget"] <= self.reference + self.tolerance),
+            "retain_within_budget": bool(best and self._rank(best)[0] == 0.0),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """For resuming."""
+        weight = self.loss.forget_weight if self.loss is not None else 0.0
+        return {"history": self.history, "best": self.best, "best_epoch": self.best_epoch, "forget_weight": weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.history, self.best, self.best_epoch = list(state["history"]), state["best"], state["best_epoch"]
+        if self.loss is not None:
+            self.loss.forget_weight = state["forget_weight"]
+
+
+class ResumeEachEpoch:
+    """Write a phase's state when an epoch ends, and continue from it when training starts; the epoch is the unit.
+
+    The file begins with the sha256 of the rest, is written atomically and read without unpickling. A state of another
+    phase (``key``) or one that fails its digest is not used, and that is said.
+
+    Args:
+        path: the one file; readable by its owner only.
+        key: what the state belongs to.
+        objects: with ``state_dict`` and ``load_state_dict``, beside the trainer's network and optimizer, the schedule
+            of a ``LrScheduleHandler`` and a :class:`StopAtReference`, which are found by themselves.
+    """
+
+    def __init__(self, path: str | Path, key: str, objects: Mapping[str, Any] | None = None) -> None:
+        self.path, self.key = Path(path), key
+        self.objects: dict[str, Any] = dict(objects or {})
+        self.reporters: dict[str, Any] = {}
+        self.seconds_before, self.images, self.started = 0.0, 0, 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer; attach it last, so that it saves what the other handlers have done."""
+        trainer: Any = engine
+        self.objects.update(network=trainer.network, optimizer=trainer.optimizer)
+        for handlers in engine._event_handlers.values():
+            for handler, _, _ in handlers:
+                owner = getattr(handler, "__self__", handler)
+                if isinstance(owner, LrScheduleHandler):
+                    self.objects["lr_scheduler"] = owner.lr_scheduler
+                if isinstance(owner, StopAtReference):
+                    self.objects["stop_at_reference"] = self.reporters["stop_at_reference"] = owner
+        engine._event_handlers[Events.STARTED].insert(0, (self._load, (engine,), {}))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def reports(self) -> dict[str, Any]:
+        """What the phase's handlers have to say, ready for JSON."""
+        return {name: handler.report() for name, handler in self.reporters.items()}
+
+    def remove(self) -> None:
+        """Delete the file: the phase is complete."""
+        self.path.unlink(missing_ok=True)
+
+    def _count(self, engine: Engine) -> None:
+        self.images += len(engine.state.batch["image"])  # type: ignore[index,call-overload]
+
+    def _save(self, engine: Engine) -> None:
+        state = {
+            "key": self.key,
+            "epoch": engine.state.epoch,
+            "images": self.images,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+            "objects": {name: one.state_dict() for name, one in self.objects.items()},
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+        with atomic_path(self.path, mode=0o600) as temporary:
+            temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.is_file():
+            return None
+        content = self.path.read_bytes()
+        if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
+            logger.warning("%s is damaged (its digest differs); the phase starts again.", self.path.name)
+            return None
+        state = torch.load(io.BytesIO(content[64:]), map_location="cpu", weights_only=True)
+        return state if state["key"] == self.key else None
+
+    def _load(self, engine: Engine) -> None:
+        self.started = time.perf_counter()
+        state = self._read()
+        if state is None:
+            return
+        if set(state["objects"]) != set(self.objects):
+            raise CheckpointError(
+                f"{self.path} holds the state of {sorted(state['objects'])}; remove it and run again."
+            )
+        for name, one in self.objects.items():
+            one.load_state_dict(copy.deepcopy(state["objects"][name]))
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * (engine.state.epoch_length or 0)
+        self.images, self.seconds_before = state["images"], state["seconds"]
+        logger.info("continuing after epoch %d of %s.", state["epoch"], engine.state.max_epochs)

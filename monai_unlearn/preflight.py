@@ -1,0 +1,343 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Before any work: arguments, request and data are checked, and the plan is shown."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+from torch import nn
+
+from .bundle import Stop, on_stack, plain_errors, stop
+from .checkpoint import write_json, write_text
+from .data import MemoryDataset
+from .datasets import inspect_items, is_phantom, known_pairs, load_splits, make_isic_phantom
+from .engines import forward_flops, training_flops
+from .request import RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
+
+TRACKING_KEYS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "trainer",
+                 "validator", "evaluator", "_meta_"}  # fmt: skip
+
+
+# arguments ------------------------------------------------------------------------------------------------------------
+
+
+def __getattr__(name: str) -> Any:
+    """``from monai_unlearn.preflight import arguments_checked`` checks the running bundle's arguments.
+
+    A configuration's first import runs before anything else in it, even before an argument that is itself an import
+    statement; this makes the check that import.
+    """
+    if name == "arguments_checked":
+        try:
+            check_arguments()
+        except RequestError as error:
+            stop(str(error), 2)
+        return True
+    raise AttributeError(name)
+
+
+def check_arguments() -> None:
+    """Refuse arguments of the running bundle that MONAI would take silently.
+
+    Raises:
+        RequestError: on a top-level key that no file of the bundle's ``configs`` has, with the nearest that there is;
+            and on an option whose value would be evaluated (``$``, ``@``, ``%``) and is not one of the files' own.
+    """
+    workflow = next(on_stack(ConfigWorkflow), None)
+    if workflow is None:
+        return
+    shipped = _shipped_config(Path(workflow.config_root_path))
+    arguments = {key: value for key, value in _raw_arguments().items() if "#" not in key and "::" not in key}
+    for key in [*workflow.parser.config, *arguments]:
+        if key not in shipped and key not in TRACKING_KEYS:
+            near = get_close_matches(key, list(shipped), n=1)
+            raise RequestError(f"there is no option --{key}" + (f"; did you mean --{near[0]}?" if near else "."))
+    for source in (arguments, workflow.parser.config):
+        for key, value in source.items():
+            components = any(isinstance(own, dict) for own in shipped.get(key, ())) and key != "displayable_configs"
+            if not components and _text(value) not in map(_text, shipped.get(key, [value])):
+                refuse_expressions(value, f"--{key}")
+
+
+def _text(value: Any) -> str:
+    """A value of a configuration as text that is the same before and after MONAI has parsed it."""
+    return ReferenceResolver.normalize_id(json.dumps(value, default=repr))
+
+
+def _shipped_config(folder: Path) -> dict[str, list[Any]]:
+    """The values that the configurations of a bundle, and those given to the running command, hold for each key."""
+    shipped: dict[str, list[Any]] = {}
+    given = [str(path) for frame in _frames("create_workflow") for path in _as_list(frame.get("config_file"))]
+    for path in [str(folder / "train.json"), *given, *sorted(map(str, folder.glob("**/*.json")))]:
+        if Path(path).name != "metadata.json" and Path(path).is_file():
+            for key, value in ConfigParser.load_config_file(path).items():
+                shipped.setdefault(key.lstrip("+").replace("::", "#").split("#")[0], []).append(value)
+    return shipped
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _frames(function: str) -> list[dict[str, Any]]:
+    found, frame = [], inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == function:
+            found.append(frame.f_locals)
+        frame = frame.f_back
+    return found
+
+
+def _raw_arguments() -> dict[str, Any]:
+    """What was given to ``monai.bundle.run``, before it was parsed; empty for a workflow that was built directly."""
+    own = {"run_id", "init_id", "final_id", "meta_file", "logging_file", "tracking", "workflow_type", "properties_path"}
+    return {
+        key: value
+        for frame in _frames("create_workflow")
+        for key, value in (frame.get("_args") or {}).items()
+        if key not in own
+    }
+
+
+def normalise_arguments() -> None:
+    """Give the running bundle's options the type of their defaults: ``true`` and ``1`` become booleans, text numbers.
+
+    Call it in ``initialize``: MONAI passes ``--quick true`` on as text.
+
+    Raises:
+        RequestError: when a value cannot be read as what the default is.
+    """
+    workflow = next(on_stack(ConfigWorkflow), None)
+    if workflow is None:
+        raise RuntimeError("normalise_arguments works inside a bundle's initialize only.")
+    try:
+        for key, (default, *_) in _shipped_config(Path(workflow.config_root_path)).items():
+            value = workflow.parser.config.get(key, default)
+            if type(default) in (bool, int, float) and type(value) is not type(default):
+                workflow.parser[key] = _typed(key, value, type(default))
+    except RequestError as error:
+        stop(str(error), 2)
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if kind is bool:
+        words = {"0": False, "false": False, "1": True, "true": True}
+        if str(value).lower() not in words:
+            raise RequestError(f"--{key} takes 0, 1, true or false, got {value!r}.")
+        return words[str(value).lower()]
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"--{key} takes a number, got {value!r}.") from error
+    if kind is int and number != int(number):
+        raise RequestError(f"--{key} takes a whole number, got {value!r}.")
+    return int(number) if kind is int else number
+
+
+# data and request -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data and the request of a run, checked.
+
+    Attributes:
+        resolution: who is forgotten.
+        name: of the data, without a path; ``phantom`` for the phantom.
+        phantom: whether no real data was given.
+    """
+
+    resolution: Resolution
+    name: str
+    phantom: bool
+
+
+@plain_errors
+def prepare(
+    dataset_dir: str | Path | None = None,
+    datalist: str | Path | None = None,
+    holdout_fold: Any = None,
+    forget_request: str | Path | None = None,
+    forget_ids: Any = None,
+    forget_fraction: float | None = None,
+    job: str | None = None,
+    seed: int = 0,
+    original_model: str | Path | None = None,
+    output_dir: str | Path = "output",
+    quick: bool = False,
+    default_fold: int = 4,
+    phantom: Callable[..., str] = make_isic_phantom,
+    class_key: str = "diagnosis",
+) -> Prepared:
+    """Find the data (or draw the phantom), read every file once, and resolve the request.
+
+    Nothing is written but the phantom, and that only where the run may write: ``plan`` draws it in a temporary folder.
+
+    Args:
+        dataset_dir: folder in the data set's official layout; without it and ``datalist`` the phantom is drawn.
+        datalist: MONAI data list instead.
+        holdout_fold: the fold never trained on; ``default_fold`` where the bundle trains the original itself and the
+            data have folds but no validation section.
+        forget_request: request file; or ``forget_ids``, or ``forget_fraction``.
+        forget_ids: ids of images.
+        forget_fraction: share to forget.
+        job: deletion, suppression or revision.
+        seed: of a drawn forget set.
+        original_model: weights given by the user; the split must be stated then.
+        output_dir: of the run; the phantom lies in it.
+        quick: draw the small phantom.
+        default_fold: see ``holdout_fold``.
+        phantom: draws the phantom: ``phantom(folder, number=...)``.
+        class_key: metadata column of the class.
+
+    Raises:
+        RequestError, DataError: with the file, key or id and the remedy. Within a bundle run they end it with exit
+            code 2 or 3.
+    """
+    no_data = not dataset_dir and not datalist
+    if no_data:
+        name = "phantom_quick" if quick else "phantom"
+        folder = Path(output_dir) / name
+        if not is_phantom(folder) and _plan_only():
+            temporary = tempfile.mkdtemp(prefix="monai_unlearn_")
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+            folder = Path(temporary) / name
+        dataset_dir = phantom(folder, number=60 if quick else 240)
+    is_drawn = bool(dataset_dir) and is_phantom(str(dataset_dir))
+    fold = default_fold if original_model is None else None
+    training, holdout = load_splits(dataset_dir, datalist, holdout_fold, default_fold=fold)
+    request = make_request(forget_request, forget_ids, forget_fraction, job, seed, 0.15 if is_drawn else None)
+    known = known_pairs(dataset_dir)
+    resolve(request, training, holdout, class_key)  # refuses what needs no file to be read
+    read = inspect_items([*training, *holdout], progress=True)
+    resolution = resolve(request, read[: len(training)], read[len(training) :], class_key, known)
+    empty = sum(item["empty"] for item in read)
+    if empty:
+        resolution.warnings.append(f"{empty} masks are empty; a prediction that is empty too scores 1 there.")
+    source = Path(dataset_dir or str(datalist)).resolve()
+    return Prepared(resolution, "phantom" if is_drawn else source.stem if datalist else source.name, is_drawn)
+
+
+def _plan_only() -> bool:
+    return any(workflow.run_id == "plan" for workflow in on_stack(ConfigWorkflow))
+
+
+def site_key(output_dir: str | Path) -> bytes:
+    """The key of the pseudonyms: the file that ``MONAI_UNLEARN_KEY_FILE`` names, else ``private/key``, made when missing.
+
+    Raises:
+        RequestError: when the named file is missing or shorter than 16 bytes.
+    """
+    named = os.environ.get("MONAI_UNLEARN_KEY_FILE")
+    path = Path(named) if named else Path(output_dir) / "private" / "key"
+    if not path.is_file():
+        if named:
+            raise RequestError(f"MONAI_UNLEARN_KEY_FILE names {named}, and there is no such file.")
+        _private_folder(output_dir)
+        write_text(secrets.token_hex(32), path, mode=0o600)
+    key = path.read_bytes().strip()
+    if len(key) < 16:
+        raise RequestError(f"the key in {path} has {len(key)} bytes; it needs at least 16.")
+    return key
+
+
+def _private_folder(output_dir: str | Path) -> Path:
+    folder = Path(output_dir) / "private"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+@plain_errors
+def record_request(prepared: Prepared, output_dir: str | Path) -> None:
+    """Write ``manifest.json`` (no id in it) and, in ``private/``, the request and the table of pseudonyms and ids."""
+    resolution, key = prepared.resolution, site_key(output_dir)
+    content = manifest(resolution, key)
+    write_json(content, Path(output_dir) / "manifest.json")
+    table = {
+        "request": {"selector": dict(resolution.request.selector), "reason": resolution.request.reason},
+        "ids": sorted(item_id(item) for item in resolution.splits["forget"]),
+        "warnings": resolution.warnings,
+    }
+    write_json(json.loads(json.dumps(table, default=str)), _private_folder(output_dir) / "ids.json", mode=0o600)
+    for warning in resolution.warnings:
+        print(f"warning: {warning}")
+    counts = ", ".join(f"{number} {name}" for name, number in content["counts"].items())
+    print(f"{resolution.request.job} by {resolution.request.kind}: {counts} items.")
+
+
+# plan -----------------------------------------------------------------------------------------------------------------
+
+
+@plain_errors
+def print_plan(
+    prepared: Prepared,
+    network: nn.Module,
+    transform: Callable[[Any], Any],
+    epochs: Mapping[str, int],
+    images: Mapping[str, float],
+    device: str | torch.device = "cpu",
+) -> None:
+    """Print who would be forgotten, what looks wrong and what it would cost; write nothing.
+
+    Args:
+        prepared: data and request.
+        network: the plain network, to count and time one step with.
+        transform: deterministic preprocessing.
+        epochs: of each phase by name.
+        images: training samples an epoch of each phase shows.
+        device: where the run would compute.
+    """
+    resolution = prepared.resolution
+    splits = resolution.splits
+    print(
+        f"\nrequest {resolution.request.id}: {resolution.request.job} by {resolution.request.kind}, data: {prepared.name}"
+    )
+    for name, items in splits.items():
+        print(f"  {name:<16}{len(items):>6} items in {len({item['group'] for item in items})} groups")
+    for name, number in sorted(resolution.facts.items()):
+        print(f"  {name.replace('_', ' ')}: {number}")
+    names = [item_id(item) for item in splits["forget"]]
+    print("would be forgotten: " + ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else ""))
+    for warning in resolution.warnings or ["nothing that looks wrong"]:
+        print(f"look at: {warning}")
+    sample = MemoryDataset(splits["forget"], transform)[0]["image"].to(device)
+    forward, step = forward_flops(network, sample), training_flops(network, sample)
+    batch = sample.expand(8, *sample.shape)
+    for _ in range(2):  # the second counts
+        start = time.perf_counter()
+        network.train()(batch).sum().backward()
+        seconds = (time.perf_counter() - start) / len(batch)
+    print(
+        f"cost on {device}, one step {step / 1e9:.2f} GFLOP and about {1000 * seconds:.0f} ms an image (measured now):"
+    )
+    for name, number in epochs.items():
+        passes = round(number * images[name])
+        print(f"  {name:<12}{passes:>9,} image passes {passes * step / 1e12:>8.2f} TFLOP {passes * seconds:>7.0f} s")
+    cases = sum(len(splits[name]) for name in ("forget", "retain", "holdout"))
+    print(
+        f"  {'audit':<12}{5 * cases:>9,} forward passes {5 * cases * forward / 1e12:>6.2f} TFLOP\nnothing was written."
+    )
+
+
+@plain_errors
+def finish(report: Mapping[str, Any], fail_on_verdict: bool) -> None:
+    """End a run: exit code 5 for a verdict other than NOT REFUTED where the user asked for that."""
+    if fail_on_verdict and report["verdict"] not in ("NOT REFUTED", "RETRAIN-EQUIVALENT"):
+        raise Stop(report["verdict"], 5)

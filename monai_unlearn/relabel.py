@@ -1,0 +1,147 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Towards what: new labels for the samples to forget, as callables ``(image, label) -> label``.
+
+A label has the prediction's shape, ``(B, C, *spatial)`` or ``(B, C)``, and holds probabilities: masks, one-hot,
+uniform and soft labels are one type. A relabel returns a new tensor and leaves its arguments as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .request import item_id
+
+Relabel = Callable[[Tensor, Tensor], Tensor]
+
+
+def keep_label(image: Tensor, label: Tensor) -> Tensor:
+    """The label as it is: for samples whose new label was computed beforehand, and for controls."""
+    return label.clone()
+
+
+def to_background(image: Tensor, label: Tensor) -> Tensor:
+    """Nothing is there: zeros for one channel (sigmoid), else all probability on channel 0.
+
+    The target of Erase to Retain's segmentation experiments (arXiv 2511.16574).
+
+    Example:
+        >>> to_background(torch.rand(1, 3, 2, 2), torch.ones(1, 1, 2, 2)).sum().item()
+        0.0
+    """
+    background = torch.zeros_like(label)
+    if label.shape[1] > 1:
+        background[:, 0] = 1
+    return background
+
+
+def to_uniform(image: Tensor, label: Tensor) -> Tensor:
+    """Every class alike: 1/C, and one half for one channel.
+
+    The target of Erase to Retain's classification experiment (arXiv 2511.16574).
+    """
+    return torch.full_like(label, 1 / max(2, label.shape[1]))
+
+
+def random_labels(items: Sequence[Mapping[str, Any]], num_classes: int, class_key: str, seed: int = 0) -> list[int]:
+    """A wrong class for each item, uniform over the others, drawn once and fixed by the item's id.
+
+    The draw does not depend on the order or number of the items.
+
+    Args:
+        items: data-list items.
+        num_classes: C; the items' own classes lie in [0, C).
+        class_key: the item key of the own class.
+        seed: fixes the draw.
+
+    Returns:
+        The classes, for :func:`to_random_label` or as one-hot ``forget_label``.
+
+    Raises:
+        ValueError: with fewer than two classes, or a class out of range.
+    """
+    if num_classes < 2:
+        raise ValueError(f"a random wrong label needs at least two classes, got {num_classes}.")
+    wrong = []
+    for item in items:
+        own = int(item[class_key])
+        if not 0 <= own < num_classes:
+            raise ValueError(f"the class must lie in [0, {num_classes}), got {own}.")
+        shift = torch.randint(1, num_classes, (), generator=_generator(seed, item)).item()
+        wrong.append((own + int(shift)) % num_classes)
+    return wrong
+
+
+def to_random_label(
+    items: Sequence[Mapping[str, Any]], donors: Sequence[Mapping[str, Any]], seed: int = 0
+) -> dict[str, Mapping[str, Any]]:
+    """A retained item for each forget item, whose mask becomes its label; drawn once, fixed by the item's id.
+
+    Random labels for segmentation: the mask of another patient (methods/baselines of Golatkar et al., SalUn).
+
+    Args:
+        items: the forget items.
+        donors: retained items.
+        seed: fixes the draw.
+
+    Returns:
+        The donor of each item's id.
+
+    Raises:
+        ValueError: without donors.
+    """
+    if not donors:
+        raise ValueError("random labels for segmentation are masks of retained items, and there are none.")
+    ordered = sorted(donors, key=item_id)
+    return {
+        item_id(item): ordered[int(torch.randint(len(ordered), (), generator=_generator(seed, item)).item())]
+        for item in items
+    }
+
+
+def _generator(seed: int, item: Mapping[str, Any]) -> torch.Generator:
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}:{item_id(item)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class to_reference:
+    """What models that never saw the sample say about it: the mean of their probabilities.
+
+    Args:
+        references: frozen networks that give logits ``(B, C, *spatial)`` or ``(B, C)``; used in eval mode.
+        temperature: divides the logits; above 1 softens.
+
+    Raises:
+        ValueError: without a reference, or with a temperature that is not positive.
+    """
+
+    def __init__(self, references: nn.Module | Sequence[nn.Module], temperature: float = 1.0) -> None:
+        self.references = [references] if isinstance(references, nn.Module) else list(references)
+        if not self.references:
+            raise ValueError("to_reference needs at least one reference network.")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        self.temperature = temperature
+        for reference in self.references:
+            reference.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, label: Tensor) -> Tensor:
+        logits = [reference(image) / self.temperature for reference in self.references]
+        return torch.stack([probabilities(one) for one in logits]).mean(0).to(label)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Sigmoid of one channel, softmax over dimension 1 of several.
+
+    Example:
+        >>> probabilities(torch.zeros(1, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
