@@ -3,12 +3,12 @@
 """Make a trained MONAI model forget chosen patients, devices or classes, with evidence."""
 
 from . import audit
-from .audit import reference_parts, stop_value, write_report
-from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, variant
+from .audit import reference_parts, write_report
+from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .data import CheckMaskd, ForgetRetainSampler, MarkForgetd, MemoryDataset, cache_outputs
 from .datasets import as_mask, as_rgb, isic_datalist, make_isic_phantom
-from .engines import PrepareUnlearning, run_phase, unlearning_targets
+from .engines import PrepareUnlearning, run_phase
 from .handlers import (
     PhaseProgress,
     ReseedEachEpoch,
@@ -87,7 +87,6 @@ __all__ = [
     "save_adapter",
     "save_weights",
     "seeded",
-    "stop_value",
     "to_background",
     "to_random_label",
     "to_reference",

@@ -16,19 +16,25 @@ import inspect
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
+from .audit.reference import regression_reference
+from .audit.scores import score_cases
 from .checkpoint import CheckpointError, load_weights
+from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
-from .engines import load_phase, run_phase
+from .engines import forward_flops, load_phase, run_phase
 from .handlers import NotFiniteError
-from .request import RequestError
+from .relabel import Relabel
+from .request import RequestError, Resolution
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -212,3 +218,57 @@ def frozen(network: nn.Module, record: dict[str, Any]) -> nn.Module:
     if record.get("given"):
         return load_weights(network, record["path"]).eval().requires_grad_(False)
     return load_phase(network, record["path"], record)
+
+
+@plain_errors
+def unlearning_targets(
+    original: nn.Module,
+    relabel: Relabel | None,
+    resolution: Resolution,
+    transform: Callable[[Any], Any],
+    store: dict[Any, Any] | None = None,
+    reference: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """What the unlearning phase needs to know of the frozen models, computed once on the deterministic view.
+
+    Args:
+        original: the frozen original, the teacher on retained items.
+        relabel: makes the new labels of the forget items, see :mod:`monai_unlearn.relabel`; None leaves them theirs.
+        resolution: who is forgotten.
+        transform: deterministic preprocessing.
+        store: of decoded items, shared with the run.
+        reference: a frozen model that saw neither forget set nor holdout; it says where to stop.
+        device: where to compute.
+        batch_size: items at a time.
+
+    Returns:
+        ``values``: the teacher's logits (``teacher``) and the new labels (``forget_label``) by item, for the
+        ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`; ``stop_value``: the IoU expected of the forget set
+        (:func:`monai_unlearn.audit.regression_reference`), None without a reference; and what it cost: ``seconds``,
+        ``flops``, ``images`` (a forward pass counts a third).
+    """
+    start = time.perf_counter()
+    sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
+    retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
+    values = {"teacher": cache_outputs(original, retain, device, batch_size)}
+    forwards, stop_at = len(retain), None
+    if relabel is not None:
+        labels = {}
+        for item, sample in zip(forget.data, (forget[index] for index in range(len(forget)))):
+            image, label = sample["image"][None].to(device), sample["label"][None].to(device)
+            labels[store_key(item)] = relabel(image, label)[0].cpu()
+        values["forget_label"] = labels
+        forwards += len(forget)
+    if reference is not None:
+        rows = [score_cases(reference, one, device, batch_size) for one in (forget, unseen)]
+        stop_at = regression_reference(*rows, score_cases(original, unseen, device, batch_size)["iou"])
+        forwards += len(forget) + 2 * len(unseen)
+    return {
+        "values": values,
+        "stop_value": stop_at,
+        "seconds": time.perf_counter() - start,
+        "flops": forwards * forward_flops(original, retain[0]["image"].to(device)),
+        "images": forwards / 3,
+    }

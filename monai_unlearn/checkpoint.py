@@ -175,7 +175,7 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: when a value is not finite, or adapters are still in the network.
     """
-    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     if any(".lora_A." in name for name in state):
         raise CheckpointError("the network still has adapters; merge them before saving plain weights.")
     _refuse_not_finite(state, path)

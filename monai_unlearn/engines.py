@@ -9,9 +9,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from monai.engines import PrepareBatch, Trainer, default_prepare_batch
@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
-from .data import MemoryDataset, cache_outputs, store_key
 from .handlers import ResumeEachEpoch
 from .lora import merge_lora
 from .losses import Target
 from .relabel import Relabel, keep_label
-from .request import Resolution
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +115,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
         fingerprint: of the configuration.
 
     Returns:
-        The record: ``sha256`` of file and weights, ``seconds``, ``images`` and ``flops`` spent, ``reused``, and what
-        the phase's handlers reported.
+        The record: ``sha256`` of the file, ``seconds``, ``flops`` and ``images`` spent (an image that only went forward
+        counts a third), numbers of parameters, ``reused``, and what the phase's handlers reported.
 
     Raises:
         CheckpointError: when the finished file fails its digest, or the loaded weights do not fit.
@@ -148,8 +146,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
         "key": key,
         "sha256": file_digest(path),
         "seconds": seconds,
-        "images": resumable.images,
-        "flops": resumable.images * training_flops(network, image) if resumable.images else 0,
+        "images": resumable.images + resumable.scored / 3,
+        "flops": resumable.images * training_flops(network, image) + resumable.scored * forward_flops(network, image),
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in merge_lora(network).parameters()),
         "reports": resumable.reports(),
@@ -167,56 +165,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError:
         logger.warning("%s cannot be read; its phase is run again.", path.name)
         return {}
-
-
-class UnlearningTargets(NamedTuple):
-    """What the unlearning phase needs to know of the frozen models, computed once.
-
-    Attributes:
-        values: ``teacher``: the original's logits on retained items; ``forget_label``: the new labels of the forget
-            items. For the ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`.
-        record: ``seconds``, ``flops`` and ``images`` (forward passes) it took.
-    """
-
-    values: dict[str, dict[Any, Tensor]]
-    record: dict[str, float]
-
-
-def unlearning_targets(
-    original: nn.Module,
-    relabel: Relabel | None,
-    resolution: Resolution,
-    transform: Callable[[Any], Any],
-    store: dict[Any, Any],
-    device: str | torch.device = "cpu",
-    batch_size: int = 32,
-) -> UnlearningTargets:
-    """The teacher's logits on retained items and the new labels of forget items, on the deterministic view.
-
-    Args:
-        original: the frozen original model.
-        relabel: see :mod:`monai_unlearn.relabel`; None leaves the forget items their labels.
-        resolution: who is forgotten.
-        transform: deterministic preprocessing.
-        store: of decoded items.
-        device: where to compute.
-        batch_size: items at a time.
-    """
-    start = time.perf_counter()
-    splits = resolution.splits
-    retain = MemoryDataset(splits["retain"], transform, store)
-    forget = MemoryDataset(splits["forget"], transform, store)
-    values = {"teacher": cache_outputs(original, retain, device, batch_size)}
-    images = len(retain)
-    if relabel is not None:
-        labels = {}
-        for item, sample in zip(forget.data, (forget[index] for index in range(len(forget)))):
-            image, label = sample["image"][None].to(device), sample["label"][None].to(device)
-            labels[store_key(item)] = relabel(image, label)[0].cpu()
-        values["forget_label"] = labels
-        images += len(forget)
-    flops = images * forward_flops(original, retain[0]["image"].to(device))
-    return UnlearningTargets(values, {"seconds": time.perf_counter() - start, "flops": flops, "images": images})
 
 
 def load_phase(network: nn.Module, path: str | Path, record: Mapping[str, Any]) -> nn.Module:

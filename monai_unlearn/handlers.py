@@ -202,6 +202,7 @@ class StopAtReference:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = -1
+        self.scored = 0
 
     def attach(self, engine: Engine) -> None:
         """Listen to a trainer."""
@@ -211,6 +212,7 @@ class StopAtReference:
 
     def _score(self, epoch: int) -> None:
         self.evaluator.run()
+        self.scored += getattr(self.evaluator, "cases", 0)
         metrics = self.evaluator.state.metrics
         entry = {"epoch": float(epoch), "forget": float(metrics[self.forget_metric])}
         if self.retain_metric is not None:
@@ -258,11 +260,18 @@ class StopAtReference:
     def state_dict(self) -> dict[str, Any]:
         """For resuming."""
         weight = self.loss.forget_weight if self.loss is not None else 0.0
-        return {"history": self.history, "best": self.best, "best_epoch": self.best_epoch, "forget_weight": weight}
+        return {
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "forget_weight": weight,
+            "scored": self.scored,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.history, self.best, self.best_epoch = list(state["history"]), state["best"], state["best_epoch"]
+        self.scored = state["scored"]
         if self.loss is not None:
             self.loss.forget_weight = state["forget_weight"]
 
@@ -276,12 +285,16 @@ class ResumeEachEpoch:
     Args:
         path: the one file; readable by its owner only.
         key: what the state belongs to.
+        every_seconds: an epoch that ends sooner than this after the last write is not written; a killed run repeats it.
         objects: with ``state_dict`` and ``load_state_dict``, beside the trainer's network and optimizer, the schedule
             of a ``LrScheduleHandler`` and a :class:`StopAtReference`, which are found by themselves.
     """
 
-    def __init__(self, path: str | Path, key: str, objects: Mapping[str, Any] | None = None) -> None:
-        self.path, self.key = Path(path), key
+    def __init__(
+        self, path: str | Path, key: str, every_seconds: float = 5.0, objects: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.key, self.every_seconds = Path(path), key, every_seconds
+        self.written = time.perf_counter()
         self.objects: dict[str, Any] = dict(objects or {})
         self.reporters: dict[str, Any] = {}
         self.seconds_before, self.images, self.started = 0.0, 0, 0.0
@@ -301,6 +314,11 @@ class ResumeEachEpoch:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
+    @property
+    def scored(self) -> int:
+        """Forward passes that the phase's handlers made to score its network, over all attempts."""
+        return sum(handler.scored for handler in self.reporters.values())
+
     def reports(self) -> dict[str, Any]:
         """What the phase's handlers have to say, ready for JSON."""
         return {name: handler.report() for name, handler in self.reporters.items()}
@@ -313,6 +331,8 @@ class ResumeEachEpoch:
         self.images += len(engine.state.batch["image"])  # type: ignore[index,call-overload]
 
     def _save(self, engine: Engine) -> None:
+        if time.perf_counter() - self.written < self.every_seconds:
+            return
         state = {
             "key": self.key,
             "epoch": engine.state.epoch,
@@ -325,6 +345,7 @@ class ResumeEachEpoch:
         content = buffer.getvalue()
         with atomic_path(self.path, mode=0o600) as temporary:
             temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+        self.written = time.perf_counter()
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.is_file():

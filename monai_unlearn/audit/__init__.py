@@ -3,7 +3,7 @@
 """Did it work: scores, membership attacks, statistics, a verdict and a report."""
 
 from .membership import attack, membership_table, negative_control, rank_test
-from .reference import completeness, expected_unseen, reference_parts, regression_reference, stop_value
+from .reference import completeness, expected_unseen, reference_parts, regression_reference
 from .report import audit, write_report
 from .scores import SCORES, SplitEvaluator, score_cases
 from .statistics import auc, bootstrap_auc, bootstrap_mean, clopper_pearson, tpr_at_fpr
@@ -25,7 +25,6 @@ __all__ = [
     "reference_parts",
     "regression_reference",
     "score_cases",
-    "stop_value",
     "tpr_at_fpr",
     "write_report",
 ]

@@ -6,16 +6,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import nn
 
-from ..data import MemoryDataset
-from ..request import Item, Resolution
-from .scores import score_cases
+from ..request import Item
 
 
 def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> list[list[Item]]:
@@ -94,35 +89,3 @@ def completeness(original: float, unlearned: float, target: float, least: float 
     None where the original misses the target by less than ``least``: nothing measurable to forget.
     """
     return (original - unlearned) / (original - target) if abs(original - target) >= least else None
-
-
-def stop_value(
-    original: nn.Module,
-    reference: nn.Module,
-    resolution: Resolution,
-    transform: Callable[[Any], Any],
-    store: dict[Any, Any] | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 32,
-) -> float:
-    """Where unlearning stops: :func:`regression_reference` from the teaching reference; the unlearned model never enters.
-
-    Args:
-        original: the frozen original.
-        reference: a frozen model that saw neither forget set nor holdout.
-        resolution: the splits.
-        transform: deterministic preprocessing.
-        store: of decoded items.
-        device: where to compute.
-        batch_size: cases at a time.
-
-    Returns:
-        The IoU expected of the forget set.
-    """
-    splits = resolution.splits
-    forget, unseen = (MemoryDataset(splits[name], transform, store) for name in ("forget", "holdout"))
-    return regression_reference(
-        score_cases(reference, forget, device, batch_size),
-        score_cases(reference, unseen, device, batch_size),
-        score_cases(original, unseen, device, batch_size)["iou"],
-    )

@@ -100,7 +100,7 @@ def audit(
     verdict, reasons = judge_verdict(resolution, scores, groups, target, membership, controls, seed)
     images = sum(len(items) for name, items in splits.items() if "_" not in name) * len(scores)
     flops = images * forward_flops(models["original"], datasets["forget"][0]["image"].to(device))
-    spent = {"seconds": time.perf_counter() - start, "images": images, "flops": flops}
+    spent = {"seconds": time.perf_counter() - start, "images": images / 3, "flops": flops}
     report = {
         "schema": SCHEMA,
         "job": resolution.request.job,
@@ -291,7 +291,7 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
     """Seconds, floating-point operations and image passes by purpose; None where a step was not part of this run.
 
     ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
-    ``train``. ``audit`` holds the scoring and the training of the judge. A forward pass counts as one image.
+    ``train``. ``audit`` holds the scoring and the training of the judge. An image that only goes forward counts a third.
     """
     units = ("seconds", "flops", "images")
     given = not phases.get("reference")

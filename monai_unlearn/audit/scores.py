@@ -111,6 +111,7 @@ class SplitEvaluator:
 
     Attributes:
         state: ``state.metrics`` holds the scores after :meth:`run`.
+        cases: that one :meth:`run` scores.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class SplitEvaluator:
             if limit is not None and len(items) > limit:
                 items = random.Random(seed).sample(items, limit)
             self.datasets[name] = MemoryDataset(items, dataset.transform, dataset.store)
+        self.cases = sum(len(dataset) for dataset in self.datasets.values())
         self.state = SimpleNamespace(metrics={})
 
     def run(self) -> None:
