@@ -8,6 +8,7 @@ Nothing here unpickles: weights and checkpoints are read with ``weights_only=Tru
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -179,8 +180,10 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     if any(".lora_A." in name for name in state):
         raise CheckpointError("the network still has adapters; merge them before saving plain weights.")
     _refuse_not_finite(state, path)
+    buffer = io.BytesIO()  # torch writes a file's own name into it; this way equal weights are equal bytes
+    torch.save(state, buffer)
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getvalue())
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -32,6 +32,7 @@ from .checkpoint import CheckpointError, read_safetensors, weights_digest, write
 logger = logging.getLogger(__name__)
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PASSED_OVER = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PREFIX = "base_model.model."  # in front of every key of an adapter file that peft writes
 ADAPTER = "default"
@@ -165,8 +166,9 @@ def inject_lora(
         ``network``.
 
     Raises:
-        ValueError: when the network has adapters already, the scope matches no layer, or (for an expression) matches
-            a module that cannot be adapted; nothing has been changed then.
+        ValueError: when the network has adapters already, the scope matches no layer that an adapter fits in, or (for
+            an expression) matches weights that cannot be adapted; nothing has been changed then. Normalisation and
+            activation layers are passed over.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
@@ -175,21 +177,20 @@ def inject_lora(
     pattern = re.compile(scope_pattern(network, scope))
     matched = {name: module for name, module in network.named_modules() if name and pattern.fullmatch(name)}
     leaves = {name: module for name, module in matched.items() if isinstance(module, ADAPTABLE)}
-    if scope not in ("all", "decoder", "head"):
-        strange = [
-            f"{name} ({type(module).__name__})"
-            for name, module in matched.items()
-            if name not in leaves and any(True for _ in module.parameters(recurse=False))
-        ]
-        if strange:
-            raise ValueError(f"scope {scope!r} asks for layers that cannot be adapted: {', '.join(strange)}.")
+    strange = [
+        f"{name} ({type(module).__name__})"
+        for name, module in matched.items()
+        if not isinstance(module, (*ADAPTABLE, *PASSED_OVER)) and any(True for _ in module.parameters(recurse=False))
+    ]
+    if strange and scope not in ("all", "decoder", "head"):
+        raise ValueError(f"scope {scope!r} asks for layers that cannot be adapted: {', '.join(strange)}.")
     ranks = {name: _rank(module, rank) for name, module in leaves.items()}
     chosen = [name for name, r in ranks.items() if r > 0]
     if not chosen:
         raise ValueError(f"scope {scope!r} matches no layer of {type(network).__name__} that an adapter fits in.")
-    left_out = [name for name in leaves if name not in chosen]
+    left_out = [name for name in leaves if name not in chosen] + strange
     if left_out:
-        logger.info("left without adapter, smaller than any: %s", ", ".join(left_out))
+        logger.info("left without adapter, smaller than any or of another kind: %s", ", ".join(left_out))
     alpha = rank if alpha is None else alpha
     config = LoraConfig(
         r=rank,

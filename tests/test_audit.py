@@ -1,0 +1,388 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_unet
+from sklearn.metrics import roc_auc_score
+from toy import ITEMS, dataset, draw
+from torch import nn
+
+from monai_unlearn.audit import (
+    SplitEvaluator,
+    attack,
+    auc,
+    audit,
+    bootstrap_auc,
+    bootstrap_mean,
+    clopper_pearson,
+    completeness,
+    expected_unseen,
+    membership_table,
+    negative_control,
+    rank_test,
+    reference_parts,
+    regression_reference,
+    score_cases,
+    tpr_at_fpr,
+    write_report,
+)
+from monai_unlearn.audit.page import render
+from monai_unlearn.audit.report import cost_table, judge_verdict, plain
+from monai_unlearn.audit.scores import case_scores, hard_masks
+from monai_unlearn.audit.statistics import group_means
+from monai_unlearn.request import DeletionRequest, Resolution
+
+RNG = np.random.default_rng(0)
+
+
+# statistics -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_area_under_the_curve_has_its_closed_form():
+    assert auc([3, 2], [1, 2]) == 0.875
+    assert auc([1, 2], [3, 2]) == 0.125
+    assert auc([1], [1]) == 0.5
+    assert np.isnan(auc([], [1]))
+    a, b = RNG.normal(0.5, 1, 40).round(1), RNG.normal(0, 1, 60).round(1)
+    assert auc(a, b) == pytest.approx(roc_auc_score([1] * 40 + [0] * 60, [*a, *b]))
+    assert auc(-a, -b) == pytest.approx(1 - auc(a, b))
+
+
+def test_group_means_do_not_depend_on_the_order():
+    assert group_means([1, 3, 10], ["b", "b", "a"]).tolist() == [10, 2]
+
+
+def test_the_interval_of_a_mean_agrees_with_scipy_where_every_case_is_a_group():
+    from scipy.stats import bootstrap
+
+    values = RNG.exponential(1, 60)
+    low, high = bootstrap_mean(values, range(60))
+    theirs = bootstrap((values,), np.mean, n_resamples=10_000, method="BCa", rng=1).confidence_interval
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_intervals_draw_whole_groups():
+    values = RNG.normal(0, 1, 30)
+    single = np.diff(bootstrap_mean(values, range(30)))[0]
+    repeated = np.diff(bootstrap_mean(np.repeat(values, 10), np.repeat(range(30), 10)))[0]
+    assert repeated == pytest.approx(single, rel=0.05)  # ten copies of a patient tell nothing new
+
+
+def test_intervals_without_variation_or_groups_say_so():
+    assert bootstrap_mean([0.5, 0.5], ["a", "b"]) == (0.5, 0.5)
+    assert np.isnan(bootstrap_mean([0.1, 0.9], ["a", "a"])).all()
+    assert np.isnan(bootstrap_auc([1], [1, 2])).all()
+
+
+def test_the_interval_of_the_auc_covers_as_often_as_it_says():
+    covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        low, high = bootstrap_auc(rng.normal(0, 1, 40), rng.normal(0, 1, 60), resamples=400, seed=seed)
+        covered += low <= 0.5 <= high
+    assert covered >= 51
+
+
+def test_exact_shares():
+    assert clopper_pearson(0, 20)[0] == 0 and clopper_pearson(0, 20)[1] == pytest.approx(0.1684, abs=5e-5)
+    assert clopper_pearson(20, 20)[1] == 1
+    assert clopper_pearson(3, 10) == pytest.approx((0.0667, 0.6525), abs=5e-5)
+
+
+def test_the_true_positive_rate_keeps_the_false_positive_rate():
+    others = np.arange(100.0)
+    assert tpr_at_fpr([93.5, 95.0], others) == 0.5
+    assert tpr_at_fpr(others, others) <= 0.05
+    assert tpr_at_fpr([1, 2, 3], [0]) == 1
+
+
+def test_one_patient_is_ranked_among_the_unseen():
+    assert rank_test(9, np.zeros(100))["p_up"] == pytest.approx(1 / 101)
+    assert rank_test(-9, np.zeros(100))["p"] == pytest.approx(2 / 101)
+    assert rank_test(0, np.zeros(10))["p"] == 1
+
+
+# scores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_has_its_closed_form():
+    prediction, truth = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16)
+    prediction[..., :6] = 1
+    truth[..., 3:7] = 1
+    scores = case_scores(prediction * 20 - 10, truth)
+    assert scores["dice"].item() == pytest.approx(0.6) and scores["iou"].item() == pytest.approx(3 / 7)
+
+
+def test_both_empty_is_one_and_one_empty_is_zero():
+    empty, full = torch.full((1, 1, 4, 4), -9.0), torch.full((1, 1, 4, 4), 9.0)
+    zeros, ones = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    for logits, label, expected in ((empty, zeros, 1), (full, zeros, 0), (empty, ones, 0), (full, ones, 1)):
+        scores = case_scores(logits, label)
+        assert (scores["iou"].item(), scores["dice"].item()) == (expected, expected)
+
+
+def test_a_batch_scores_as_each_case_alone_and_doubling_the_grid_changes_nothing():
+    logits, label = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8).argmax(1)
+    label = nn.functional.one_hot(label, 3).movedim(-1, 1).float()
+    together = case_scores(logits, label)
+    big = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (logits, label)]
+    for name, values in together.items():
+        alone = torch.cat([case_scores(logits[i : i + 1], label[i : i + 1])[name] for i in range(5)])
+        torch.testing.assert_close(values, alone)
+        torch.testing.assert_close(case_scores(*big)[name], values)
+    torch.testing.assert_close(
+        together["loss"], nn.functional.cross_entropy(logits, label, reduction="none").mean((1, 2))
+    )
+    assert hard_masks(logits).sum(1).eq(1).all()
+
+
+def test_scoring_leaves_the_network_as_it_was_and_does_not_depend_on_the_batch():
+    network = small_unet().train()
+    before = copy.deepcopy(dict(network.state_dict()))
+    one, other = (score_cases(network, dataset(), batch_size=size) for size in (1, 5))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-5)
+    assert network.training and all(module.training for module in network.modules())
+    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+    assert len(score_cases(network, type(dataset())([], draw))["iou"]) == 0
+
+
+def test_the_evaluator_of_splits_takes_a_fixed_sample():
+    data = {"forget": dataset(), "retain": dataset()}
+    one, other = (SplitEvaluator(small_unet(), data, limit=5, seed=3) for _ in range(2))
+    one.run()
+    other.run()
+    assert one.state.metrics == other.state.metrics and one.cases == 10
+    assert [i["image"] for i in one.datasets["forget"].data] == [i["image"] for i in other.datasets["retain"].data]
+
+
+# references -----------------------------------------------------------------------------------------------------------
+
+
+def test_references_get_disjoint_whole_groups_whatever_the_order():
+    items = [{"image": str(i), "group": str(i // 3)} for i in range(60)]
+    parts = reference_parts(items, 3, seed=1)
+    assert sorted(len(part) for part in parts) == [18, 21, 21]
+    groups = [{item["group"] for item in part} for part in parts]
+    assert not groups[0] & groups[1] and not groups[1] & groups[2] and len(set.union(*groups)) == 20
+    again = reference_parts(items[::-1], 3, seed=1)
+    assert [sorted(i["image"] for i in p) for p in again] == [sorted(i["image"] for i in p) for p in parts]
+    assert reference_parts(items, 3, seed=2) != parts
+    with pytest.raises(ValueError, match="2 retained groups cannot be dealt into 3"):
+        reference_parts(items[:6], 3)
+
+
+def test_the_expected_score_of_an_unseen_case():
+    assert expected_unseen(np.array([0.461]), np.array([0.482]), np.array([0.5])) == pytest.approx(0.443)
+    assert completeness(0.95, 0.80, 0.75) == pytest.approx(0.75)
+    assert completeness(0.95, 0.70, 0.75) > 1
+    assert completeness(0.76, 0.70, 0.75) is None
+
+
+def test_regression_finds_a_linear_relation_exactly():
+    def rows(number):
+        return {name: RNG.uniform(0.2, 0.8, number) for name in ("iou", "entropy", "area")}
+
+    unseen, forget = rows(60), rows(20)
+
+    def truth(r):
+        return 0.3 + 0.5 * r["iou"] - 0.2 * r["entropy"] + 0.1 * r["area"]
+
+    assert regression_reference(forget, unseen, truth(unseen)) == pytest.approx(truth(forget).mean())
+
+
+def test_regression_is_closer_than_the_difference_where_the_reference_is_noisy():
+    errors = {"difference": [], "regression": []}
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        truth = rng.normal(0.75, 0.12, 200).clip(0, 1)
+        rows = {
+            "iou": (truth + rng.normal(0, 0.12, 200)).clip(0, 1),
+            "entropy": rng.random(200),
+            "area": rng.random(200),
+        }
+        forget, unseen = ({k: v[part] for k, v in rows.items()} for part in (slice(0, 60), slice(60, 200)))
+        errors["difference"].append(expected_unseen(forget["iou"], truth[60:], unseen["iou"]) - truth[:60].mean())
+        errors["regression"].append(regression_reference(forget, unseen, truth[60:]) - truth[:60].mean())
+    assert np.std(errors["regression"]) < 0.9 * np.std(errors["difference"])
+
+
+def test_too_few_unseen_cases_for_a_regression_give_the_difference():
+    few = {name: np.array([0.5, 0.6, 0.7]) for name in ("iou", "entropy", "area")}
+    assert regression_reference(few, few, np.array([0.6, 0.7, 0.8])) == pytest.approx(0.7)
+
+
+# membership -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_attack_says_in_which_direction_the_forgotten_stand_out():
+    unseen = RNG.normal(0, 1, 80)
+    assert attack(RNG.normal(2, 1, 40), unseen)["direction"] == "remembered"
+    assert attack(RNG.normal(-2, 1, 40), unseen)["direction"] == "over-forgotten"
+    assert attack(RNG.normal(0, 1, 40), unseen)["direction"] == "none"
+    assert attack(np.array([1.0]), unseen)["auc"] is None
+
+
+def case_arrays(number, level, difficulty, noise=0.02, seed=0):
+    rng = np.random.default_rng(seed)
+    iou = level + difficulty + rng.normal(0, noise, number)
+    return {"iou": iou, "loss": 1 - iou, "dice": iou, "area": np.full(number, 0.2), "entropy": np.full(number, 0.1)}
+
+
+HARD = {"forget": RNG.normal(0, 0.1, 40), "holdout": RNG.normal(0, 0.1, 80), "retain": RNG.normal(0, 0.1, 60)}
+GROUPS = {name: [f"{name}{i}" for i in range(len(values))] for name, values in HARD.items()}
+
+
+def model(forget, holdout=0.70, retain=0.9, seed=0):
+    levels = {"forget": forget, "holdout": holdout, "retain": retain}
+    return {n: case_arrays(len(HARD[n]), level, HARD[n], seed=seed + i) for i, (n, level) in enumerate(levels.items())}
+
+
+JUDGE = model(0.64, 0.64, 0.64, seed=90)
+ORIGINAL = model(0.90, seed=10)
+
+
+def test_calibration_finds_what_the_raw_score_hides():
+    slightly = model(0.78, seed=20)
+    table = membership_table({"m": slightly}, JUDGE, GROUPS)["m"]
+    assert table["calibrated"]["auc"] > 0.9 > table["raw"]["auc"]
+    assert table["calibrated"]["score"] == "iou" and table["raw_loss"]["score"] == "loss"
+    assert sum(row["strongest"] for row in table.values()) == 1
+
+
+def test_the_patient_is_the_unit():
+    one = {name: ["p"] * len(values) for name, values in HARD.items()}
+    row = membership_table({"m": ORIGINAL}, JUDGE, {**GROUPS, "forget": one["forget"]})["m"]["calibrated"]
+    assert row["auc"] is None and row["n_forget"] == 1
+
+
+def test_halves_of_the_unseen_look_alike_unless_patients_are_torn_apart():
+    values = RNG.normal(0, 1, 80)
+    assert negative_control(values, GROUPS["holdout"])["ok"]
+    assert not negative_control(values[:3], ["a", "b", "c"])["ok"]
+
+
+# verdict --------------------------------------------------------------------------------------------------------------
+
+
+def verdict(unlearned, original=ORIGINAL, retrained=None, job="deletion", groups=GROUPS, limits=()):
+    scores = {"original": original, "unlearned": unlearned, "judge": JUDGE}
+    if retrained is not None:
+        scores["retrained"] = retrained
+    request = DeletionRequest({"ids": ["a"]}, job=job, limits=dict(limits))
+    resolution = Resolution(request, [], [], [], {})
+    target = expected_unseen(JUDGE["forget"]["iou"], original["holdout"]["iou"], JUDGE["holdout"]["iou"])
+    attacked = {name: rows for name, rows in scores.items() if name != "judge"}
+    table = membership_table(attacked, JUDGE, groups)
+    from monai_unlearn.audit.report import _controls
+
+    controls = _controls(scores, table, groups, 0)
+    return judge_verdict(resolution, scores, groups, target, table, controls)
+
+
+def test_a_model_like_the_retrained_is_not_refuted():
+    name, reasons = verdict(model(0.70, seed=30), retrained=model(0.70, seed=40))
+    assert name == "NOT REFUTED", reasons
+    assert "no proof of erasure" in reasons[0]
+
+
+def test_the_original_itself_fails():
+    name, reasons = verdict(ORIGINAL)
+    assert name == "FAIL" and "still scores" in reasons[0] and "remembered" in reasons[1]
+
+
+def test_forgetting_too_much_fails_as_well():
+    name, reasons = verdict(model(0.30, seed=30))
+    assert name == "FAIL" and "over-forgotten" in " ".join(reasons)
+
+
+def test_a_collapsed_model_fails_though_its_forget_score_is_right():
+    name, reasons = verdict(model(0.70, holdout=0.6, seed=30))
+    assert name == "FAIL" and "unseen cases lost" in reasons[0]
+    name, reasons = verdict(model(0.70, retain=0.7, seed=30), retrained=model(0.70, seed=40))
+    assert name == "FAIL" and "retained cases lost" in reasons[0]
+
+
+def test_an_original_that_remembers_nothing_leaves_it_open():
+    name, reasons = verdict(model(0.70, seed=30), original=model(0.70, seed=10))
+    assert name == "INCONCLUSIVE" and "nothing measurable to forget" in reasons[0]
+    assert "proves nothing" in reasons[1]
+
+
+def test_suppression_is_left_open():
+    assert verdict(model(0.70, seed=30), job="suppression")[0] == "INCONCLUSIVE"
+
+
+def test_one_patient_is_judged_by_rank():
+    groups = {**GROUPS, "forget": ["p"] * 40}
+    assert verdict(model(0.70, seed=30), groups=groups)[0] == "NOT REFUTED"
+    name, reasons = verdict(model(0.85, seed=30), groups=groups)
+    assert name == "FAIL" and "rank test" in " ".join(reasons)
+
+
+def test_the_requests_own_limits_count():
+    slightly = model(0.76, seed=30)
+    assert verdict(slightly)[0] == "FAIL"
+    assert verdict(slightly, limits={"forget": 0.08, "membership": 0.49}.items())[0] == "NOT REFUTED"
+
+
+# report ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    items = [{**item, "group": f"p{item['image']}"} for item in ITEMS]
+    holdout = [{"image": str(i), "label": "m", "group": f"h{i}"} for i in range(50, 58)]
+    resolution = Resolution(DeletionRequest({"ids": ["a"]}, id="r <1>"), items, holdout, [], {})
+    networks = {"original": small_unet(), "unlearned": small_unet(seed=1), "reference": None}
+    phases = {"unlearn": {"seconds": 2.0, "flops": 10, "images": 5, "reports": {}, "trainable_parameters": 3},
+              "cache": {"seconds": 1.0, "flops": 2, "images": 1}}  # fmt: skip
+    return audit(resolution, networks, small_unet(seed=2), draw, phases=phases, data="toy", show_forget=True)
+
+
+def test_the_report_holds_what_others_build_on(report):
+    assert report["schema"] == "monai_unlearn.report/1"
+    assert report["splits"] == {"forget": 3, "retain": 9, "holdout": 8}
+    assert set(report["scores"]) == {"original", "unlearned", "judge"}
+    row = report["scores"]["unlearned"]["holdout"]
+    assert set(row) >= {"mean_iou", "mean_dice", "loss", "n", "ci"} and row["n"] == 8
+    assert set(report["membership"]["original"]) == {"raw", "calibrated", "raw_loss", "calibrated_loss"}
+    assert report["verdict"] in ("FAIL", "INCONCLUSIVE", "NOT REFUTED") and report["not_tested"]
+    assert report["relearn"] is None and report["stop"] is None
+    json.dumps({key: value for key, value in report.items() if not key.startswith("_")}, allow_nan=False)
+
+
+def test_costs_add_up_and_what_was_not_run_is_empty(report):
+    cost = report["cost"]
+    assert (cost["unlearn_seconds"], cost["unlearn_flops"], cost["unlearn_images"]) == (3.0, 12, 6)
+    assert cost["references_given"] and cost["reference_seconds"] == 0 and cost["retrain_seconds"] is None
+    assert cost_table({}, {"seconds": 1, "flops": 1, "images": 1})["unlearn_seconds"] is None
+
+
+def test_the_page_is_one_file_with_its_figures_and_escapes_what_it_shows(report, tmp_path, capsys):
+    page = write_report(report, tmp_path)
+    text = open(page).read()
+    assert text.count("data:image/png;base64,") == 2 and "http" not in text.replace("https", "")
+    assert "r &lt;1&gt;" in text and "r <1>" not in text
+    assert report["verdict"] in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    stop = {"reference": 0.7, "best_epoch": 1, "history": [{"epoch": 0, "forget": 0.9, "retain": 0.9}]}
+    assert render({**report, "stop": stop}).count("data:image/png") == 3
+    assert any(case["split"] == "forget" for case in report["_figures"]["cases"])
+
+
+def test_numbers_that_are_not_finite_become_nothing():
+    assert plain({"a": float("nan"), "b": [np.float32(1), np.int64(2), np.bool_(True)], "c": np.inf}) == {
+        "a": None, "b": [1.0, 2, True], "c": None}  # fmt: skip
+
+
+def test_the_judge_must_not_be_the_teacher():
+    network = small_unet()
+    with pytest.raises(ValueError, match="must not be the reference"):
+        audit(None, {"reference": network}, network, draw)
+    with pytest.raises(ValueError, match="needs the unlearned model"):
+        audit(None, {"original": network}, small_unet(), draw)

@@ -1,0 +1,178 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+
+import pytest
+import torch
+from monai.data import DataLoader
+from torch import nn
+
+from monai_unlearn.data import ORDERS, CheckMaskd, ForgetRetainSampler, MarkForgetd, MemoryDataset, cache_outputs
+from monai_unlearn.datasets import DataError
+
+FLAGS = [i % 5 == 0 for i in range(20)]  # 4 to forget, 16 to keep
+
+
+def sides(batches):
+    return [(sum(FLAGS[i] for i in batch), sum(not FLAGS[i] for i in batch)) for batch in batches]
+
+
+def test_mixed_batches_hold_both_groups_in_fixed_numbers():
+    assert sides(ForgetRetainSampler(FLAGS, 1, 4)) == [(1, 4)] * 4
+    assert sides(ForgetRetainSampler(FLAGS, 2, 3)) == [(2, 3)] * 5 + [(2, 1)]
+
+
+def test_alternate_batches_are_pure_and_take_turns():
+    batches = sides(ForgetRetainSampler(FLAGS, 2, 4, order="alternate"))
+    assert batches == [(0, 4), (2, 0)] * 4
+
+
+def test_sequential_shows_all_to_keep_and_then_all_to_forget_once():
+    sampler = ForgetRetainSampler(FLAGS, 3, 5, order="sequential")
+    batches = list(sampler)
+    assert sides(batches) == [(0, 5), (0, 5), (0, 5), (0, 1), (3, 0), (1, 0)]
+    assert sorted(sum(batches, [])) == list(range(20))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("num_forget", "num_retain"), [(1, 4), (2, 3), (4, 16), (3, 7), (9, 2)])
+def test_an_epoch_shows_every_sample_and_no_batch_shows_one_twice(order, num_forget, num_retain):
+    sampler = ForgetRetainSampler(FLAGS, num_forget, num_retain, order)
+    for _ in range(5):
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert set(sum(batches, [])) == set(range(20))
+        assert all(len(set(batch)) == len(batch) for batch in batches)
+
+
+def test_epochs_differ_and_a_seed_repeats_them():
+    one, other = ForgetRetainSampler(FLAGS, 1, 3, seed=7), ForgetRetainSampler(FLAGS, 1, 3, seed=7)
+    first, second = list(one), list(one)
+    assert first != second
+    assert [first, second] == [list(other), list(other)]
+    assert list(ForgetRetainSampler(FLAGS, 1, 3, seed=8)) != first
+    one.set_epoch(0)
+    assert list(one) == first
+
+
+def test_the_smaller_group_is_used_evenly():
+    counts = Counter(i for batch in ForgetRetainSampler(FLAGS, 2, 2) for i in batch if FLAGS[i])
+    assert set(counts.values()) == {4}
+
+
+def test_an_epochs_length_can_follow_the_forget_set_alone():
+    few = ForgetRetainSampler(FLAGS, 2, 2, retain_per_forget=1)
+    many = ForgetRetainSampler([*FLAGS, *[False] * 1000], 2, 2, retain_per_forget=1)
+    assert len(few) == len(many) == 2
+    assert len(ForgetRetainSampler([*FLAGS, *[False] * 1000], 2, 2)) == 508
+
+
+def test_one_group_alone_is_possible():
+    assert sides(ForgetRetainSampler(FLAGS, 0, 8)) == [(0, 8), (0, 8)]
+    assert sides(ForgetRetainSampler(FLAGS, 2, 0)) == [(2, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_make_equally_many_batches_with_equally_many_to_forget(order, ranks):
+    samplers = [ForgetRetainSampler(FLAGS, 1, 2, order, rank=r, num_ranks=ranks) for r in range(ranks)]
+    epochs = [list(sampler) for sampler in samplers]
+    assert len({len(epoch) for epoch in epochs}) == 1
+    assert len({tuple(f > 0 for f, _ in sides(epoch)) for epoch in epochs}) == 1
+    assert set(sum((sum(epoch, []) for epoch in epochs), [])) == set(range(20))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"order": "shuffled"}, "order must be one of"),
+        ({"num_forget": -1}, "must not be negative"),
+        ({"num_forget": 0, "num_retain": 0}, "nor both 0"),
+        ({"forget": [False] * 3}, "num_forget is 1, but the dataset has 0"),
+        ({"forget": [True] * 3}, "num_retain is 1, but the dataset has 0"),
+        ({"rank": 2, "num_ranks": 2}, "rank must lie in"),
+        ({"forget": [True, False, False], "num_ranks": 2}, "has 1 such samples for 2 ranks"),
+    ],
+)
+def test_a_sampler_that_could_not_work_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ForgetRetainSampler(**{"forget": FLAGS, "num_forget": 1, "num_retain": 1, **arguments})
+
+
+def test_zeros_and_ones_mean_flags_and_not_indices():
+    assert list(ForgetRetainSampler([0, 1, 0], 1, 2)) == list(ForgetRetainSampler([False, True, False], 1, 2))
+
+
+def test_a_flag_comes_from_the_item_or_from_the_file_name():
+    mark = MarkForgetd(ids=["ISIC_1", 7])
+    assert mark({"image": "/x/ISIC_1.jpg"})["forget"]
+    assert mark({"image": "/x/7.nii.gz"})["forget"]
+    assert not mark({"image": "/x/ISIC_11.jpg"})["forget"]
+    assert not mark({"image": "/x/ISIC_1.jpg", "forget": False})["forget"]
+
+
+def test_check_mask_names_the_file():
+    image, mask = torch.zeros(3, 4, 4), torch.ones(1, 4, 4)
+    with pytest.raises(DataError, match="label: the mask looks full"):
+        CheckMaskd()({"image": image, "label": mask})
+    mask[0, :, 0] = mask[0, 0] = 0
+    assert CheckMaskd()({"image": image, "label": mask})["label"] is mask
+
+
+class Counting:
+    calls = 0
+
+    def __call__(self, item):
+        self.calls += 1
+        return {"image": torch.full((3, 4, 4), float(item["image"])), "label": torch.zeros(1, 4, 4), "note": "text"}
+
+
+ITEMS = [{"image": str(i), "label": "m", "forget": i == 1} for i in range(4)]
+
+
+def test_each_item_is_transformed_once_for_all_datasets():
+    transform, store = Counting(), {}
+    one = MemoryDataset(ITEMS, transform, store, extra=["forget"])
+    other = MemoryDataset(ITEMS[:2], transform, store)
+    for _ in range(2):
+        assert [row["forget"] for row in (one[i] for i in range(4))] == [False, True, False, False]
+        assert "forget" not in other[1] and "note" not in other[1]
+    assert transform.calls == 4
+    assert one.forget == [False, True, False, False]
+
+
+def test_a_target_that_an_item_lacks_is_not_a_number():
+    key = ("1", "m")
+    dataset = MemoryDataset(ITEMS, Counting(), targets={"teacher": {key: torch.ones(1, 4, 4)}})
+    assert (dataset[1]["teacher"] == 1).all() and dataset[0]["teacher"].isnan().all()
+    batch = next(iter(DataLoader(dataset, batch_size=4, num_workers=0)))
+    assert batch["teacher"].shape == (4, 1, 4, 4)
+
+
+def test_the_digest_sees_items_flags_targets_and_order():
+    def digest(items=ITEMS, **kwargs):
+        return MemoryDataset(items, Counting(), **{"extra": ["forget"], **kwargs}).digest()
+
+    assert digest() == digest()
+    others = [
+        digest(ITEMS[::-1]),
+        digest(ITEMS[:3]),
+        digest([{**item, "sha256": "x"} for item in ITEMS]),
+        digest([{**item, "forget": True} for item in ITEMS]),
+        digest(targets={"teacher": {("1", "m"): torch.ones(1)}}),
+    ]
+    assert len({digest(), *others}) == 6
+
+
+def test_cached_outputs_equal_the_networks_own_and_leave_it_alone():
+    network = nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), nn.Dropout(0.5)).train()
+    network[1].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    dataset = MemoryDataset(ITEMS, Counting())
+    outputs = cache_outputs(network, dataset, batch_size=3, post=torch.sigmoid)
+    assert [module.training for module in network] == [True, False, True]
+    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+    network.eval()
+    for i, item in enumerate(ITEMS):
+        expected = network(dataset[i]["image"][None])[0].sigmoid()
+        torch.testing.assert_close(outputs[(item["image"], "m")], expected, rtol=0, atol=1e-6)

@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from torch import nn
+
+from monai_unlearn.losses import DistillationLoss, Target, UnlearningLoss
+
+SHAPES = [(3, 1, 4, 5), (3, 4, 4, 5), (3, 2, 3, 3, 3), (3, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_distillation_equals_torchs_own_divergence(shape, temperature):
+    student, teacher = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    ours = DistillationLoss(temperature, guard_weight=0)(student, teacher)
+    s, t = student / temperature, teacher / temperature
+    if shape[1] == 1:
+        s, t = torch.cat([s, -s], 1) / 2, torch.cat([t, -t], 1) / 2  # softmax over (z/2, -z/2) is the sigmoid
+    divergence = F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
+    torch.testing.assert_close(ours, temperature**2 * divergence)
+
+
+def test_distillation_has_the_papers_gradient():
+    student, teacher = (
+        torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 1, 4, 4).double(),
+    )
+    published = (
+        4 * F.binary_cross_entropy_with_logits(student / 2, (teacher / 2).sigmoid())
+        + 0.05 * (student - teacher).square().mean()
+    )
+    ours = DistillationLoss(2.0, 1.0, 0.05)(student, teacher)
+    for loss in (published, ours):
+        loss.backward(retain_graph=True)
+    (one,) = torch.autograd.grad(published, student)
+    (two,) = torch.autograd.grad(ours, student)
+    torch.testing.assert_close(one, two)
+    assert published > ours  # the published value is not 0 where both agree
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distillation_is_zero_where_both_agree_and_positive_elsewhere(shape):
+    logits = torch.randn(shape)
+    assert DistillationLoss()(logits, logits).abs() < 1e-7
+    assert DistillationLoss(guard_weight=0)(logits, logits + torch.randn(shape)) > 0
+
+
+def test_the_guard_is_the_mean_square_of_raw_logits():
+    one, two = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(
+        DistillationLoss(weight=0, guard_weight=0.5)(one, two), 0.5 * (one - two).square().mean()
+    )
+
+
+def test_doubling_the_grid_changes_nothing():
+    one, two = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    big = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (one, two)]
+    torch.testing.assert_close(DistillationLoss()(*big), DistillationLoss()(one, two))
+
+
+def test_extreme_logits_stay_finite():
+    one = torch.tensor([[[1e4, -1e4]]], requires_grad=True)
+    loss = DistillationLoss()(one, -one.detach())
+    loss.backward()
+    assert loss.isfinite() and one.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"temperature": 0}, "temperature must be positive"), ({"weight": -1}, "must not be negative")],
+)
+def test_distillation_refuses_senseless_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationLoss(**arguments)
+
+
+def test_distillation_refuses_different_shapes():
+    with pytest.raises(ValueError, match="differ in shape"):
+        DistillationLoss()(torch.zeros(1, 1), torch.zeros(1, 2))
+
+
+BCE = nn.BCEWithLogitsLoss()
+
+
+def batch(forget, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(forget), 1, 4, 4)
+    logits, label, teacher = (torch.randn(shape, generator=generator) for _ in range(3))
+    return logits, Target(label.sigmoid(), torch.tensor(forget), teacher)
+
+
+def test_each_term_is_a_mean_over_its_own_group():
+    logits, target = batch([True, False, False, True, False])
+    kept = ~target.forget
+    loss = UnlearningLoss(BCE, BCE, DistillationLoss(), forget_weight=3.0)(logits, target)
+    expected = (
+        BCE(logits[kept], target.label[kept])
+        + DistillationLoss()(logits[kept], target.teacher[kept])
+        + 3 * BCE(logits[target.forget], target.label[target.forget])
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    logits, target = batch([True, False, False, True, False])
+    order = torch.tensor([3, 1, 4, 0, 2])
+    loss = UnlearningLoss(BCE, BCE, DistillationLoss())
+    torch.testing.assert_close(loss(logits[order], Target(*(part[order] for part in target))), loss(logits, target))
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_a_group_that_the_batch_lacks_adds_nothing(forget):
+    logits, target = batch([forget] * 3)
+    loss = UnlearningLoss(BCE, BCE, forget_weight=2.0)(logits, target)
+    torch.testing.assert_close(loss, (2.0 if forget else 1.0) * BCE(logits, target.label))
+
+
+def test_a_term_left_out_leaves_its_samples_without_gradient():
+    logits, target = batch([True, False])
+    logits.requires_grad_()
+    UnlearningLoss(None, BCE)(logits, target).backward()
+    assert logits.grad[1].abs().sum() == 0 and logits.grad[0].abs().sum() > 0
+
+
+def test_a_batch_with_nothing_to_learn_gives_zero_and_runs_backward():
+    logits, target = batch([True, True])
+    logits.requires_grad_()
+    loss = UnlearningLoss(BCE, None)(logits, target)
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_rows_of_the_teacher_that_are_not_a_number_are_never_read():
+    logits, target = batch([True, False])
+    target.teacher[0] = math.nan
+    logits.requires_grad_()
+    loss = UnlearningLoss(BCE, BCE, DistillationLoss())(logits, target)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_background_is_softplus_of_the_logits():
+    logits = torch.randn(2, 1, 4, 4)
+    loss = UnlearningLoss(None, BCE, forget_weight=3.0)(
+        logits, Target(torch.zeros(2, 1, 4, 4), torch.tensor([True, True]))
+    )
+    torch.testing.assert_close(loss, 3 * F.softplus(logits).mean())
+
+
+def test_the_recipes_dice_and_cross_entropy_equal_the_published_formula():
+    generator = torch.Generator().manual_seed(0)
+    z, y = torch.randn(4, 1, 8, 8, generator=generator), (torch.rand(4, 1, 8, 8, generator=generator) > 0.6).float()
+    p = z.sigmoid()
+    published = 1 - 2 * (p * y).sum() / (p.sum() + y.sum()) + F.binary_cross_entropy_with_logits(z, y)
+    ours = DiceCELoss(sigmoid=True, batch=True, smooth_nr=0, smooth_dr=1e-7)(z, y)
+    torch.testing.assert_close(ours, published, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loss_without_terms_or_without_its_teacher_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        UnlearningLoss()
+    logits, target = batch([False])
+    with pytest.raises(ValueError, match="holds no teacher"):
+        UnlearningLoss(distill=DistillationLoss())(logits, target._replace(teacher=None))

@@ -1,0 +1,104 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from monai_unlearn.relabel import (
+    keep_label,
+    probabilities,
+    random_labels,
+    to_background,
+    to_random_label,
+    to_reference,
+    to_uniform,
+)
+
+SHAPES = [(2, 1, 4, 4), (2, 3, 4, 4), (2, 4, 3, 3, 3), (2, 5)]
+
+
+@pytest.mark.parametrize("relabel", [keep_label, to_background, to_uniform])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_labels_keep_their_shape_and_hold_probabilities(relabel, shape):
+    label = torch.rand(shape).softmax(1) if shape[1] > 1 else torch.rand(shape)
+    before = label.clone()
+    new = relabel(torch.rand(2, 3, *shape[2:]), label)
+    assert new.shape == label.shape and new is not label
+    assert ((new >= 0) & (new <= 1)).all()
+    if shape[1] > 1:
+        torch.testing.assert_close(new.sum(1), torch.ones_like(new.sum(1)))
+    torch.testing.assert_close(label, before, rtol=0, atol=0)
+
+
+def test_background_is_channel_zero_or_nothing():
+    assert to_background(None, torch.ones(1, 1, 2)).sum() == 0
+    assert to_background(None, torch.full((1, 3, 2), 1 / 3))[0, :, 0].tolist() == [1, 0, 0]
+
+
+def test_uniform_is_one_over_the_classes():
+    assert to_uniform(None, torch.ones(1, 4))[0].tolist() == [0.25] * 4
+    assert to_uniform(None, torch.ones(1, 1)).item() == 0.5
+
+
+ITEMS = [{"image": f"{i}.jpg", "cls": i % 3} for i in range(300)]
+
+
+def test_random_classes_are_wrong_fixed_per_sample_and_even():
+    drawn = random_labels(ITEMS, 3, "cls", seed=1)
+    assert all(new != item["cls"] and 0 <= new < 3 for new, item in zip(drawn, ITEMS))
+    assert random_labels(ITEMS[::-1], 3, "cls", seed=1) == drawn[::-1]
+    assert random_labels(ITEMS[7:8], 3, "cls", seed=1) == drawn[7:8]
+    assert random_labels(ITEMS, 3, "cls", seed=2) != drawn
+    shifts = [(new - item["cls"]) % 3 for new, item in zip(drawn, ITEMS)]
+    assert 110 < shifts.count(1) < 190
+    with pytest.raises(ValueError, match="at least two classes"):
+        random_labels(ITEMS, 1, "cls")
+    with pytest.raises(ValueError, match=r"\[0, 2\), got 2"):
+        random_labels(ITEMS, 2, "cls")
+
+
+def test_random_masks_come_from_retained_items_and_stay():
+    donors = ITEMS[100:]
+    drawn = to_random_label(ITEMS[:100], donors, seed=0)
+    assert set(drawn) == {str(i) for i in range(100)}
+    assert all(donor in donors for donor in drawn.values())
+    assert to_random_label(ITEMS[5:6], donors[::-1], seed=0)["5"] == drawn["5"]
+    with pytest.raises(ValueError, match="there are none"):
+        to_random_label(ITEMS[:1], [])
+
+
+class Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, image):
+        return self.value.expand(len(image), 1, *image.shape[2:])
+
+
+def test_a_reference_says_the_mean_of_its_models_probabilities():
+    image, label = torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4)
+    new = to_reference([Constant(2.0), Constant(-1.0)])(image, label)
+    expected = (torch.tensor(2.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2
+    torch.testing.assert_close(new, torch.full_like(label, expected))
+    soft = to_reference(Constant(2.0), temperature=4.0)(image, label)
+    torch.testing.assert_close(soft, torch.full_like(label, torch.tensor(0.5).sigmoid()))
+    assert not new.requires_grad
+
+
+def test_a_reference_is_frozen():
+    network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    to_reference(network)(torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4))
+    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in network.parameters())
+    with pytest.raises(ValueError, match="at least one"):
+        to_reference([])
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        to_reference(network, temperature=0)
+
+
+def test_probabilities_are_sigmoid_or_softmax():
+    logits = torch.randn(2, 3, 4)
+    torch.testing.assert_close(probabilities(logits), logits.softmax(1))
+    torch.testing.assert_close(probabilities(logits[:, :1]), logits[:, :1].sigmoid())
