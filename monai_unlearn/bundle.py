@@ -184,7 +184,7 @@ def variant(config_id: str, **overrides: Any) -> Any:
     """
     parser = running_parser()
     for key in overrides:
-        if key not in parser.config:
+        if key not in parser:
             raise KeyError(f"the configuration has no top-level key {key!r} to override.")
     child = ConfigParser(copy.deepcopy(parser.get()), globals={"_overrides": overrides})
     for key in overrides:
@@ -262,8 +262,8 @@ def unlearning_targets(
         values["forget_label"] = labels
         forwards += len(forget)
     if reference is not None:
-        rows = [score_cases(reference, one, device, batch_size) for one in (forget, unseen)]
-        stop_at = regression_reference(*rows, score_cases(original, unseen, device, batch_size)["iou"])
+        on_forget, on_unseen = (score_cases(reference, one, device, batch_size) for one in (forget, unseen))
+        stop_at = regression_reference(on_forget, on_unseen, score_cases(original, unseen, device, batch_size)["iou"])
         forwards += len(forget) + 2 * len(unseen)
     return {
         "values": values,

@@ -162,7 +162,8 @@ class MarkForgetd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         if self.forget_key not in d:
-            d[self.forget_key] = item_id({**d, "image": d[self.first_key(d)]}) in self.ids
+            item = {str(key): value for key, value in d.items()}
+            d[self.forget_key] = item_id({**item, "image": d[self.first_key(d)]}) in self.ids
         return d
 
 

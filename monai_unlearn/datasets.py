@@ -270,7 +270,7 @@ def read_datalist(path: str | Path) -> dict[str, list[Item]]:
         raise DataError(f"the data list {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise DataError(f"the data list {path} has no list 'training'.")
-    datalist = {}
+    datalist: dict[str, list[Item]] = {}
     for section in ("training", "validation", "test"):
         datalist[section] = []
         for index, item in enumerate(content.get(section, [])):

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.engines import PrepareBatch, Trainer, default_prepare_batch
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
 from .handlers import ResumeEachEpoch
-from .lora import merge_lora
+from .lora import adapted_layers, merge_lora, save_adapter
 from .losses import Target
 from .relabel import Relabel, keep_label
 
@@ -61,7 +61,7 @@ class PrepareUnlearning(PrepareBatch):
         for key in ("label", self.forget_key):
             if key not in batchdata:
                 raise ValueError(f"the batch has no item {key!r}; it holds {', '.join(map(str, batchdata))}.")
-        image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
+        image, label = cast(tuple[Tensor, Tensor], default_prepare_batch(batchdata, device, non_blocking, **kwargs))
         forget = torch.as_tensor(batchdata[self.forget_key]).to(device).bool()  # 0 and 1 would be taken for indices
         label = label.clone()
         if forget.any():
@@ -111,7 +111,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     Args:
         trainer: built and not yet run. Its network holds the phase's initial weights; adapters are merged for the file.
         path: the file of weights to make, such as ``models/original.pt``; ``path`` with the suffix ``.json`` holds its
-            record. While it runs, its state lies in ``private/resume`` beside the folder of ``path``.
+            record, and the folder ``adapter`` beside it the adapters in peft's format, where there are any. While it
+            runs, its state lies in ``private/resume`` beside the folder of ``path``.
         fingerprint: of the configuration.
 
     Returns:
@@ -122,8 +123,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
         CheckpointError: when the finished file fails its digest, or the loaded weights do not fit.
     """
     path = Path(path)
-    network = trainer.network
-    dataset = trainer.data_loader.dataset  # type: ignore[union-attr]
+    network: nn.Module = trainer.network  # type: ignore[attr-defined]
+    dataset: Any = trainer.data_loader.dataset  # type: ignore[union-attr]
     key = hashlib.sha256(
         f"{fingerprint}:{weights_digest(network.state_dict())}:{dataset.digest()}".encode()
     ).hexdigest()
@@ -140,6 +141,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     if epochs > 0:
         trainer.run()
     seconds = time.perf_counter() - start + resumable.seconds_before
+    if adapted_layers(network):
+        save_adapter(network, path.parent / "adapter")
     save_weights(merge_lora(network), path)
     image = dataset[0]["image"].to(next(network.parameters()).device)
     record = {

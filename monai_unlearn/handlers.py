@@ -54,7 +54,7 @@ class StopWhenNotFinite:
 
 
 class ReseedEachEpoch:
-    """Seed torch, numpy and random from (seed, epoch) when an epoch starts, so that a resumed run equals an undisturbed one.
+    """Seed torch, numpy and random from (seed, epoch) when an epoch starts: a resumed run equals an undisturbed one.
 
     A batch sampler or sampler with ``set_epoch`` is told the epoch.
 
@@ -76,9 +76,10 @@ class ReseedEachEpoch:
         np.random.seed(seed)
         random.seed(seed)
         loader = engine.state.dataloader
-        for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(engine.state.epoch)
+        for name in ("batch_sampler", "sampler"):
+            set_epoch = getattr(getattr(loader, name, None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(engine.state.epoch)
 
 
 class PhaseProgress:

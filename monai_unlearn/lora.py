@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -51,6 +51,10 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
 }
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)
+
+
 class _Factor(nn.Module):
     """One of the two factors, where peft expects a layer with a ``weight``."""
 
@@ -76,7 +80,7 @@ class WeightLora(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; called by peft."""
-        weight = self.base_layer.weight
+        weight = _weight(self.base_layer)
         spatial = weight.shape[2:]
         transposed = isinstance(self.base_layer, TRANSPOSED)
         a_shape = (weight.shape[0], r, *spatial) if transposed else (r, *weight.shape[1:])
@@ -93,14 +97,14 @@ class WeightLora(nn.Module, LoraLayer):
 
     def delta(self, name: str) -> Tensor:
         """s·(B·A), in the shape of the base layer's weight."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight.flatten(1)
+        a, b = _weight(self.lora_A[name]), _weight(self.lora_B[name]).flatten(1)
         if isinstance(self.base_layer, TRANSPOSED):
             return self.scaling[name] * torch.einsum("ir...,or->io...", a, b)
-        return self.scaling[name] * (b @ a.flatten(1)).view_as(self.base_layer.weight)
+        return self.scaling[name] * (b @ a.flatten(1)).view_as(_weight(self.base_layer))
 
     def adapted_weight(self) -> Tensor:
         """The weight the layer works with: the base's plus that of every active adapter."""
-        weight = self.base_layer.weight
+        weight = _weight(self.base_layer)
         for name in self.active_adapters:
             if name in self.lora_A:
                 weight = weight + self.delta(name)
@@ -139,7 +143,7 @@ def scope_pattern(network: nn.Module, scope: str) -> str:
 
 def _rank(layer: nn.Module, rank: int) -> int:
     """The largest rank up to ``rank`` whose adapter is no larger than the layer's weight; 0 where there is none."""
-    weight = layer.weight
+    weight = _weight(layer)
     transposed = isinstance(layer, TRANSPOSED)
     out = weight.shape[1] if transposed else weight.shape[0]
     per_rank = weight.numel() // out + out
@@ -261,7 +265,7 @@ def merge_lora(network: nn.Module) -> nn.Module:
     for name, layer in adapted_layers(plain).items():
         base = layer.base_layer
         with torch.no_grad():
-            base.weight.copy_(layer.adapted_weight())
+            _weight(base).copy_(layer.adapted_weight())
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, base)
     if hasattr(plain, "peft_config"):
@@ -275,7 +279,7 @@ def drift(network: nn.Module) -> dict[str, float]:
     """How far each adapted layer has moved: ‖ΔW‖ / ‖W‖ (Frobenius)."""
     moved = {}
     for name, layer in adapted_layers(network).items():
-        base = layer.base_layer.weight.detach()
+        base = _weight(layer.base_layer).detach()
         change = layer.adapted_weight().detach() - base
         moved[name] = (change.norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny)).item()
     return moved
@@ -302,7 +306,8 @@ def save_adapter(network: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
-    config = network.peft_config[ADAPTER].to_dict()
+    configs: Any = network.peft_config
+    config = configs[ADAPTER].to_dict()
     kept = {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in config.items()

@@ -24,7 +24,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
 from .bundle import Stop, on_stack, plain_errors, stop
-from .checkpoint import write_json, write_text
+from .checkpoint import read_weights, weights_digest, write_json, write_text
 from .data import MemoryDataset
 from .datasets import inspect_items, is_phantom, known_pairs, load_splits, make_isic_phantom
 from .engines import forward_flops, training_flops
@@ -64,11 +64,12 @@ def check_arguments() -> None:
         return
     shipped = _shipped_config(Path(workflow.config_root_path))
     arguments = {key: value for key, value in _raw_arguments().items() if "#" not in key and "::" not in key}
-    for key in [*workflow.parser.config, *arguments]:
+    config: dict[str, Any] = workflow.parser.get()  # type: ignore[assignment]
+    for key in [*config, *arguments]:
         if key not in shipped and key not in TRACKING_KEYS:
             near = get_close_matches(key, list(shipped), n=1)
             raise RequestError(f"there is no option --{key}" + (f"; did you mean --{near[0]}?" if near else "."))
-    for source in (arguments, workflow.parser.config):
+    for source in (arguments, config):
         for key, value in source.items():
             components = any(isinstance(own, dict) for own in shipped.get(key, ())) and key != "displayable_configs"
             if not components and _text(value) not in map(_text, shipped.get(key, [value])):
@@ -128,8 +129,10 @@ def normalise_arguments() -> None:
         raise RuntimeError("normalise_arguments works inside a bundle's initialize only.")
     try:
         for key, (default, *_) in _shipped_config(Path(workflow.config_root_path)).items():
-            value = workflow.parser.config.get(key, default)
-            if type(default) in (bool, int, float) and type(value) is not type(default):
+            value = workflow.parser.get(key, default)
+            if key in TRACKING_KEYS or type(default) not in (bool, int, float):
+                continue
+            if type(value) is not type(default):
                 workflow.parser[key] = _typed(key, value, type(default))
     except RequestError as error:
         stop(str(error), 2)
@@ -179,6 +182,7 @@ def prepare(
     job: str | None = None,
     seed: int = 0,
     original_model: str | Path | None = None,
+    reference_models: Any = None,
     output_dir: str | Path = "output",
     quick: bool = False,
     default_fold: int = 4,
@@ -200,6 +204,7 @@ def prepare(
         job: deletion, suppression or revision.
         seed: of a drawn forget set.
         original_model: weights given by the user; the split must be stated then.
+        reference_models: two files of weights that saw neither forget set nor holdout: the teacher and the judge.
         output_dir: of the run; the phantom lies in it.
         quick: draw the small phantom.
         default_fold: see ``holdout_fold``.
@@ -210,6 +215,8 @@ def prepare(
         RequestError, DataError: with the file, key or id and the remedy. Within a bundle run they end it with exit
             code 2 or 3.
     """
+    if reference_models:
+        check_references(reference_models)
     no_data = not dataset_dir and not datalist
     if no_data:
         name = "phantom_quick" if quick else "phantom"
@@ -234,12 +241,27 @@ def prepare(
     return Prepared(resolution, "phantom" if is_drawn else source.stem if datalist else source.name, is_drawn)
 
 
+def check_references(paths: Any) -> None:
+    """Refuse references given by the user that could not do their two jobs.
+
+    Raises:
+        RequestError: when there are not two of them, or both hold the same weights.
+        CheckpointError: when one cannot be read.
+    """
+    if not isinstance(paths, (list, tuple)) or len(paths) != 2:
+        raise RequestError(
+            "reference_models takes two files, \"['teacher.pt', 'judge.pt']\": one teaches, the other judges."
+        )
+    if len({weights_digest(read_weights(path)) for path in paths}) < 2:
+        raise RequestError("reference_models hold the same weights; the same model cannot teach and judge.")
+
+
 def _plan_only() -> bool:
     return any(workflow.run_id == "plan" for workflow in on_stack(ConfigWorkflow))
 
 
 def site_key(output_dir: str | Path) -> bytes:
-    """The key of the pseudonyms: the file that ``MONAI_UNLEARN_KEY_FILE`` names, else ``private/key``, made when missing.
+    """The key of the pseudonyms: the file ``MONAI_UNLEARN_KEY_FILE`` names, else ``private/key``, made when missing.
 
     Raises:
         RequestError: when the named file is missing or shorter than 16 bytes.
@@ -307,7 +329,8 @@ def print_plan(
     resolution = prepared.resolution
     splits = resolution.splits
     print(
-        f"\nrequest {resolution.request.id}: {resolution.request.job} by {resolution.request.kind}, data: {prepared.name}"
+        f"\nrequest {resolution.request.id}: {resolution.request.job} by {resolution.request.kind}, "
+        f"data: {prepared.name}"
     )
     for name, items in splits.items():
         print(f"  {name:<16}{len(items):>6} items in {len({item['group'] for item in items})} groups")

@@ -117,11 +117,11 @@ class DeletionRequest:
             raise RequestError(f"the request's selector has keys it does not know: {sorted(unknown)}.")
         if kinds == ["fraction"] and not 0 < float(self.selector["fraction"]) < 1:
             raise RequestError(f"the fraction to forget must lie between 0 and 1, got {self.selector['fraction']}.")
-        for name, value in self.limits.items():
+        for name, limit in self.limits.items():
             if name not in LIMITS:
                 raise RequestError(f"the request's limit {name!r} is unknown; there are {sorted(LIMITS)}.")
-            if not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise RequestError(f"the request's limit {name!r} must lie between 0 and 1, got {value!r}.")
+            if not isinstance(limit, (int, float)) or not 0 < limit < 1:
+                raise RequestError(f"the request's limit {name!r} must lie between 0 and 1, got {limit!r}.")
 
     @property
     def kind(self) -> str:
@@ -287,8 +287,8 @@ class Rule:
             decisive = isinstance(node.op, ast.Or)
             return decisive if decisive in values else None if None in values else not decisive
         if isinstance(node, ast.UnaryOp):
-            value = self._evaluate(node.operand, item)
-            return None if value is None else not value
+            operand = self._evaluate(node.operand, item)
+            return None if operand is None else not operand
         assert isinstance(node, ast.Compare) and isinstance(node.left, ast.Name)  # _check let nothing else through
         column, other = node.left.id, self._constant(node.comparators[0])
         value = item.get(column)
@@ -362,7 +362,7 @@ class Resolution:
 
     @property
     def splits(self) -> dict[str, list[Item]]:
-        """``forget``, ``retain`` and ``holdout``; for rules and classes also ``holdout_alike`` and ``holdout_other``."""
+        """``forget``, ``retain``, ``holdout``; for rules and classes ``holdout_alike`` and ``holdout_other`` too."""
         splits = {
             "forget": [item for item in self.training if item["forget"]],
             "retain": [item for item in self.training if not item["forget"]],

@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_unet
 from sklearn.metrics import roc_auc_score
-from toy import ITEMS, dataset, draw
 from torch import nn
+from toy import ITEMS, dataset, draw
 
 from monai_unlearn.audit import (
     SplitEvaluator,
@@ -365,7 +366,7 @@ def test_costs_add_up_and_what_was_not_run_is_empty(report):
 
 def test_the_page_is_one_file_with_its_figures_and_escapes_what_it_shows(report, tmp_path, capsys):
     page = write_report(report, tmp_path)
-    text = open(page).read()
+    text = Path(page).read_text()
     assert text.count("data:image/png;base64,") == 2 and "http" not in text.replace("https", "")
     assert "r &lt;1&gt;" in text and "r <1>" not in text
     assert report["verdict"] in capsys.readouterr().out

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from conftest import small_unet
-from toy import ITEMS, dataset, plain_trainer, unlearning_trainer
 from torch import nn
+from toy import ITEMS, dataset, plain_trainer, unlearning_trainer
 
 from monai_unlearn.audit.scores import score_cases
 from monai_unlearn.checkpoint import CheckpointError, read_weights, weights_digest

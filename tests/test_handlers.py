@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import small_unet
 from ignite.engine import Engine, Events
-from toy import plain_trainer, unlearning_trainer
 from torch import nn
+from toy import plain_trainer, unlearning_trainer
 
 from monai_unlearn.checkpoint import weights_digest
 from monai_unlearn.data import ForgetRetainSampler

@@ -107,8 +107,8 @@ def test_groups_on_both_sides_of_a_rule_have_to_be_settled(policy, expected):
 
 def test_missing_metadata_does_not_match_unless_asked_and_is_counted():
     train = [{**item, "sex": "" if i < 2 else "male"} for i, item in enumerate(items(6, per_patient=1))]
-    resolution = resolve(DeletionRequest({"rule": 'sex != "female"'}, unit="image", missing="match"), train[:5] + [
-        {**train[5], "sex": "female"}])  # fmt: skip
+    resolution = resolve(DeletionRequest({"rule": 'sex != "female"'}, unit="image", missing="match"), [
+        *train[:5], {**train[5], "sex": "female"}])  # fmt: skip
     assert resolution.facts["missing_metadata"] == 2
     assert len(resolution.splits["forget"]) == 5
     train[5]["sex"] = "female"

@@ -70,7 +70,7 @@ def membership_table(
                     if kind == "calibrated":
                         values = values - sign * judge[split][score]
                     sides.append(group_means(values, groups[split]) if len(values) else np.zeros(0))
-                rows[kind + suffix] = {**attack(*sides, seed=seed), "score": score}
+                rows[kind + suffix] = {**attack(sides[0], sides[1], seed), "score": score}
         defined = [name for name in rows if rows[name]["auc"] is not None]
         strongest = max(defined, key=lambda name: abs(rows[name]["auc"] - 0.5), default=None)
         for name, row in rows.items():

@@ -30,7 +30,8 @@ body{font:16px/1.5 system-ui,sans-serif;color:#1a202c;max-width:62rem;margin:2re
 h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 .verdict{border-left:.5rem solid;padding:.75rem 1rem;background:#f7fafc;margin:1rem 0}
 .verdict b{font-size:1.25rem}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e2e8f0}th:first-child,td:first-child{text-align:left}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e2e8f0}
+th:first-child,td:first-child{text-align:left}
 th{font-weight:600;background:#f7fafc}.ci{color:#718096;font-size:.85em}img{max-width:100%}
 p.note,li{color:#4a5568}
 """
@@ -159,9 +160,10 @@ def render(report: Mapping[str, Any]) -> str:
         + "</ul>",
         "<h2>How well each model does</h2>",
         _table(["mean IoU", *splits], rows),
-        f"<p class=note>An unseen case like the forgotten ones is expected to score {_number(report['expected_unseen'])}; "
-        f"completeness {_number(report['completeness'], 2)} (0: nothing forgotten, 1: as unseen, above 1: over-forgotten). "
-        "Intervals: 95 %, patients drawn anew. Lower is not better: the goal is the model that never saw the cases.</p>",
+        "<p class=note>An unseen case like the forgotten ones is expected to score "
+        f"{_number(report['expected_unseen'])}; completeness {_number(report['completeness'], 2)} (0: nothing "
+        "forgotten, 1: as unseen, above 1: over-forgotten). Intervals: 95 %, patients drawn anew. Lower is not better: "
+        "the goal is the model that never saw the cases.</p>",
     ]
     if "scores" in figures:
         parts += ["<h2>Scores case by case</h2>", _distributions(figures["scores"], report["expected_unseen"])]
@@ -173,7 +175,7 @@ def render(report: Mapping[str, Any]) -> str:
         + f" the forget set. Control on unseen patients: {negative['covering']} of {negative['splits']} halvings look "
         "alike.</p>",
     ]
-    if report.get("stop"):
+    if (report.get("stop") or {}).get("history"):
         parts += ["<h2>The way there</h2>", _trajectory(report["stop"])]
     if figures.get("cases"):
         parts += ["<h2>Cases</h2>", _cases(figures["cases"])]
@@ -187,5 +189,6 @@ def render(report: Mapping[str, Any]) -> str:
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Unlearning report: {report['verdict']}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>Unlearning report: {report['verdict']}</title><style>{_STYLE}</style>"
+        f"<body>{''.join(parts)}</body></html>\n"
     )

@@ -93,8 +93,10 @@ def audit(
         for name, network in {**models, "judge": judge}.items()
     }
     groups = {name: [item["group"] for item in items] for name, items in splits.items()}
-    target = expected_unseen(*(scores[m][s]["iou"] for m, s in (("judge", "forget"), ("original", "holdout"), ("judge", "holdout"))))  # fmt: skip
-    attacked = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
+    target = expected_unseen(
+        scores["judge"]["forget"]["iou"], scores["original"]["holdout"]["iou"], scores["judge"]["holdout"]["iou"]
+    )
+    attacked: Scores = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
     membership = membership_table(attacked, scores["judge"], groups, seed)
     controls = _controls(scores, membership, groups, seed)
     verdict, reasons = judge_verdict(resolution, scores, groups, target, membership, controls, seed)
@@ -268,8 +270,8 @@ def judge_verdict(
     if unclear:
         return "INCONCLUSIVE", unclear
     return "NOT REFUTED", [
-        f"forget score {u['forget']['iou'].mean():.3f} against {target:.3f} expected of unseen cases; no test failed and "
-        "both controls behave. This is measured behaviour, no proof of erasure."
+        f"forget score {u['forget']['iou'].mean():.3f} against {target:.3f} expected of unseen cases; no test failed "
+        "and both controls behave. This is measured behaviour, no proof of erasure."
     ]
 
 
@@ -291,13 +293,15 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
     """Seconds, floating-point operations and image passes by purpose; None where a step was not part of this run.
 
     ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
-    ``train``. ``audit`` holds the scoring and the training of the judge. An image that only goes forward counts a third.
+    ``train``. ``audit`` holds the scoring and the training of the judge. An image that only goes forward counts a
+    third.
     """
     units = ("seconds", "flops", "images")
-    given = not phases.get("reference")
 
     def of(name: str) -> Mapping[str, Any] | None:
-        return phases.get(name) or None
+        return phases[name] if "seconds" in phases.get(name, {}) else None  # weights that were given cost nothing here
+
+    given = of("reference") is None
 
     parts: dict[str, Mapping[str, Any] | None] = {
         "cache": of("cache"),

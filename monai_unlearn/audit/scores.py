@@ -48,7 +48,7 @@ def case_scores(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
         ("iou", MeanIoU(include_background=background, ignore_empty=False)),
         ("dice", DiceMetric(include_background=background, ignore_empty=False)),
     ):
-        scores[name] = metric(masks, truth).mean(1)
+        scores[name] = torch.as_tensor(metric(masks, truth)).mean(1)
     if logits.shape[1] == 1:
         loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").flatten(1).mean(1)
     else:

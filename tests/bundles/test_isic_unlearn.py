@@ -1,0 +1,303 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""The real bundle on the quick phantom, in one process; the command line once."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from PIL import Image
+
+from monai_unlearn import merge_lora
+from monai_unlearn.audit.scores import hard_masks
+from monai_unlearn.bundle import Stop
+from monai_unlearn.checkpoint import file_digest, read_weights, weights_digest
+from monai_unlearn.data import MemoryDataset
+from monai_unlearn.lora import WeightLora
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUNDLE = ROOT / "bundles" / "isic_unlearn"
+CONFIGS = BUNDLE / "configs"
+TRAIN = str(CONFIGS / "train.json")
+RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit")
+
+
+def start(output_dir, *overlays, run_id="run", **arguments):
+    """A bundle run up to its result, as the command line does it."""
+    files = [TRAIN, *(str(CONFIGS / "methods" / f"{name}.json") for name in overlays)]
+    flow = ConfigWorkflow(
+        files,
+        workflow_type="train",
+        run_id=run_id,
+        logging_file=False,
+        quick=1,
+        output_dir=str(output_dir),
+        **arguments,
+    )
+    flow.initialize()
+    flow.run()
+    return flow
+
+
+def report_of(folder):
+    return json.loads((Path(folder) / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The folder of a finished quick run."""
+    folder = tmp_path_factory.mktemp("quick") / "output"
+    start(folder, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    return folder
+
+
+def copy_of(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "output"))
+
+
+def test_the_run_leaves_the_files_that_others_build_on(quick):
+    files = {str(path.relative_to(quick)) for path in quick.rglob("*") if path.is_file() and "phantom" not in str(path)}
+    models = {f"models/{name}.{end}" for name in ("original", "unlearned", "retrained", "reference", "judge")
+              for end in ("pt", "json")}  # fmt: skip
+    wanted = {"report.json", "report.html", "manifest.json", "private/key", "private/ids.json",
+              "models/adapter/adapter_config.json", "models/adapter/adapter_model.safetensors", *models}  # fmt: skip
+    assert wanted <= files
+    assert all(name.startswith("tensorboard/") for name in files - wanted)
+    jsonschema.validate(report_of(quick), json.loads((HERE / "report_schema.json").read_text()))
+    assert report_of(quick)["data"] == "phantom"
+
+
+def test_no_name_of_a_patient_or_file_is_in_what_is_written(quick):
+    for path in quick.rglob("*"):
+        if path.is_file() and not {"private", "phantom_quick"} & set(path.relative_to(quick).parts):
+            content = path.read_bytes()
+            assert b"PHANTOM_00" not in content and b"P0000" not in content and b"phantom_quick/" not in content, path
+
+
+def test_the_unlearned_weights_are_plain_and_load_strictly(quick):
+    network = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "inference.json"))).get_parsed_content(
+        "network_def"
+    )
+    network.load_state_dict(read_weights(quick / "models" / "unlearned.pt"), strict=True)
+    record = json.loads((quick / "models" / "unlearned.json").read_text())
+    assert record["sha256"] == file_digest(quick / "models" / "unlearned.pt")
+    assert not any(isinstance(module, WeightLora) for module in merge_lora(network).modules())
+
+
+def test_inference_gives_the_masks_that_the_audit_saw(quick, tmp_path):
+    flow = ConfigWorkflow(
+        str(CONFIGS / "inference.json"), workflow_type="infer", logging_file=False,
+        output_dir=str(tmp_path / "predictions"),
+        dataset_dir=str(quick / "phantom_quick" / "ISIC2018_Task1-2_Training_Input"),
+        model_path=str(quick / "models" / "unlearned.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    assert flow.check_properties() == []
+    network = flow.parser.get_parsed_content("network").eval()
+    audit = ConfigWorkflow(TRAIN, logging_file=False, quick=1, output_dir=str(quick))
+    audit.initialize()
+    items = audit.parser.get_parsed_content("data").resolution.training[:6]
+    seen = MemoryDataset(items, audit.parser.get_parsed_content("train#preprocessing"))
+    preprocessing = flow.parser.get_parsed_content("preprocessing")
+    with torch.no_grad():
+        for index, item in enumerate(items):
+            image = preprocessing({"image": item["image"]})["image"].as_tensor()
+            torch.testing.assert_close(image, seen[index]["image"], rtol=0, atol=0)
+            assert (hard_masks(network(image[None])) == hard_masks(network(seen[index]["image"][None]))).all()
+    flow.run()
+    written = sorted((tmp_path / "predictions").iterdir())
+    assert len(written) == 60
+    mask = np.asarray(Image.open(written[0]))
+    assert mask.shape == (128, 128) and set(np.unique(mask)) <= {0, 255}
+
+
+def test_masks_come_back_in_the_photographs_own_geometry(quick, tmp_path):
+    (tmp_path / "images").mkdir()
+    photo = np.zeros((90, 200, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "images" / "wide.png")
+    flow = ConfigWorkflow(
+        str(CONFIGS / "inference.json"), logging_file=False, output_dir=str(tmp_path / "out"),
+        dataset_dir=str(tmp_path / "images"), model_path=str(quick / "models" / "unlearned.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    flow.run()
+    (path,) = (tmp_path / "out").iterdir()
+    assert np.asarray(Image.open(path)).shape == (90, 200)
+
+
+def test_running_again_trains_nothing_and_changes_nothing(quick, tmp_path):
+    folder = copy_of(quick, tmp_path)
+    before = {path.name: path.read_bytes() for path in (folder / "models").glob("*.*")}
+    start(folder, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    assert {path.name: path.read_bytes() for path in (folder / "models").glob("*.*")} == before
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "methods").glob("*.json")))
+def test_every_method_runs(name, quick, tmp_path):
+    folder = copy_of(quick, tmp_path)
+    start(folder, name, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    report = report_of(folder)
+    same = weights_digest(read_weights(folder / "models/unlearned.pt")) == weights_digest(
+        read_weights(folder / "models/original.pt")
+    )
+    assert same == (name in ("identity", "learning_rate_zero"))
+    assert (report["cost"]["train_images"] == 0) == (name == "identity")
+
+
+def test_a_learning_rate_of_zero_leaves_every_tensor_and_buffer_bit_identical(quick, tmp_path):
+    folder = copy_of(quick, tmp_path)
+    start(folder, run_id="unlearn", learning_rate=0.0)
+    original, unlearned = (read_weights(folder / "models" / f"{name}.pt") for name in ("original", "unlearned"))
+    assert any("running_mean" in name for name in original)
+    torch.testing.assert_close(unlearned, original, rtol=0, atol=0)
+
+
+def test_a_model_of_the_users_is_used_as_it_is(quick, tmp_path):
+    given = tmp_path / "mine.pt"
+    shutil.copy(quick / "models" / "original.pt", given)
+    before = given.read_bytes()
+    arguments = {"original_model": str(given), "forget_ids": "PHANTOM_0000003", "with_retrained": 0}
+    folder = tmp_path / "new"
+    with pytest.raises(Stop, match="nothing states which items"):
+        start(folder, **arguments)
+    start(
+        folder,
+        holdout_fold=4,
+        reference_models=[str(quick / f"models/{n}.pt") for n in ("reference", "judge")],
+        **arguments,
+    )
+    assert given.read_bytes() == before
+    assert sorted(path.name for path in (folder / "models").glob("*.pt")) == ["unlearned.pt"]
+    assert report_of(folder)["cost"]["references_given"]
+    with pytest.raises(Stop, match="does not fit UNet"):
+        torch.save({"w": torch.zeros(1)}, given)
+        start(folder, holdout_fold=4, **arguments)
+
+
+def test_a_model_that_taught_cannot_judge(quick, tmp_path):
+    twice = [str(quick / "models" / "judge.pt")] * 2
+    with pytest.raises(Stop, match="the same model cannot teach and judge"):
+        start(tmp_path / "out", reference_models=twice)
+
+
+def test_the_plan_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(tmp_path / "out", run_id="plan")
+    shown = capsys.readouterr().out
+    assert "would be forgotten: PHANTOM_" in shown and "image passes" in shown and "nothing was written" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_properties_and_ids_are_monais_own():
+    flow = ConfigWorkflow(TRAIN, workflow_type="train", logging_file=False, quick=1)
+    flow.initialize()
+    assert flow.check_properties() == []
+    config = ConfigParser.load_config_file(TRAIN)
+    assert set(RUN_IDS) <= set(config) and {"displayable_configs", "unlearn_phase"} <= set(config)
+    assert all(isinstance(handler, dict) and "_target_" in handler for handler in config["train"]["handlers"])
+
+
+def test_no_expression_holds_a_lambda_a_shell_a_file_or_the_network():
+    forbidden = re.compile(r"lambda|__|subprocess|\bsystem|open\(|\beval\b|\bexec\b|\burl|socket|requests")
+    for path in CONFIGS.rglob("*.json"):
+        text = path.read_text()
+        expressions = re.findall(r'"(\$[^"]*)"', text)
+        assert not [one for one in expressions if forbidden.search(one)], path
+        for target in re.findall(r'"_target_": "([^"]*)"', text):
+            assert target.startswith(("monai.", "monai_unlearn.", "torch.nn.", "torch.optim.")) or "." not in target
+
+
+def test_the_metadata_pass_the_verification(tmp_path):
+    schema = os.environ.get("MONAI_META_SCHEMA", str(HERE / "metadata_schema.json"))
+    for path in {schema, str(HERE / "metadata_schema.json")}:
+        verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=path)
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    assert "background" in metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()
+    verify_net_in_out(
+        "network_def", meta_file=str(CONFIGS / "metadata.json"), config_file=str(CONFIGS / "inference.json"),
+        bundle_root=str(BUNDLE),
+    )  # fmt: skip
+    broken = {key: value for key, value in metadata.items() if key != "task"}
+    (tmp_path / "metadata.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="task"):
+        verify_metadata(meta_file=str(tmp_path / "metadata.json"), filepath=schema)
+
+
+def test_the_bundle_is_complete():
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/logging.conf", "configs/evaluate.json"):
+        assert (BUNDLE / name).is_file(), name
+
+
+def test_the_holdout_can_be_evaluated_alone(quick, capsys):
+    flow = ConfigWorkflow(
+        [TRAIN, str(CONFIGS / "evaluate.json")], logging_file=False, quick=1, output_dir=str(quick),
+        model_path=str(quick / "models" / "original.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    flow.run()
+    shown = re.search(r"mean IoU on the holdout: ([\d.]+)", capsys.readouterr().out)
+    assert float(shown[1]) == pytest.approx(report_of(quick)["scores"]["original"]["holdout"]["mean_iou"], abs=1e-3)
+
+
+def test_monai_labels_overrides_train_the_plain_model(phantom, tmp_path):
+    """What MONAI Label passes when its Train button is pressed: images and labels without ids, its own handlers."""
+    inputs = sorted((phantom / "ISIC2018_Task1-2_Training_Input").iterdir())
+    truths = phantom / "ISIC2018_Task1_Training_GroundTruth"
+    masks = [truths / f"{path.stem}_segmentation.png" for path in inputs]
+    pairs = [{"image": str(image), "label": str(mask)} for image, mask in zip(inputs[:8], masks)]
+    overrides = {
+        "bundle_root": str(BUNDLE), "device": "cpu", "train#trainer#max_epochs": 1, "train#dataset#data": pairs,
+        "train#handlers": [], "displayable_configs": {"forget_ids": "", "learning_rate": 0.001},
+        "output_dir": str(tmp_path), "val_interval": 100,
+    }  # fmt: skip
+    flow = ConfigWorkflow(TRAIN, logging_file=False, run_id="train#trainer", **overrides)
+    flow.initialize()
+    trainer = flow.parser.get_parsed_content("train#trainer")
+    trainer.run()
+    assert trainer.state.epoch == 1 and trainer.state.iteration == 1
+
+
+def command(*arguments, cwd=ROOT, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", *arguments], cwd=cwd, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs,
+    )  # fmt: skip
+
+
+def test_the_command_line_works_from_the_bundles_folder_and_writes_nothing_there(tmp_path):
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "isic_unlearn", ignore=shutil.ignore_patterns("output")))
+    before = sorted(str(path) for path in bundle.rglob("*"))
+    done = command("--config_file", "configs/train.json", "--quick", "true", "--output_dir", str(tmp_path / "out"),
+                   "--forget_ids", "PHANTOM_0000003", "--unlearn_epochs", "0", "--with_retrained", "0",
+                   "--fail_on_verdict", "1", cwd=bundle)  # fmt: skip
+    assert done.returncode == 5, done.stderr[-2000:]
+    assert "INCONCLUSIVE" in done.stdout
+    assert sorted(str(path) for path in bundle.rglob("*")) == before
+
+
+def test_tracking_with_mlflow_works(tmp_path):
+    pytest.importorskip("mlflow", reason="needs the extra tracking")
+    flow = ConfigWorkflow(
+        TRAIN, logging_file=False, run_id="original", tracking="mlflow", quick=1, output_dir=str(tmp_path / "out")
+    )
+    flow.initialize()
+    flow.run()
+    assert (tmp_path / "out" / "mlruns.db").is_file() and (tmp_path / "out" / "models" / "original.pt").is_file()
+
+
+def test_the_command_line_refuses_in_a_few_plain_lines(tmp_path):
+    done = command("--config_file", TRAIN, "--forget_idz", "x", "--output_dir", str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "monai_unlearn: there is no option --forget_idz; did you mean --forget_ids?" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
