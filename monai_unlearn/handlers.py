@@ -160,7 +160,8 @@ class StopAtReference:
     When an epoch ends the evaluator scores the forget set (and a sample of the retain set). Above the reference the
     forget term pulls with its full weight; over the last ``softness`` above the reference the weight falls to 0 in
     proportion, so that training settles at the reference instead of running through it. At the end the network gets
-    the weights of the epoch with the smallest distance, among the epochs whose retain score is within budget.
+    the weights of the epoch with the smallest distance, among the epochs whose retain score is within budget; of
+    distances in the same step of ``resolution`` the one with the best retain score counts as smallest.
 
     Args:
         evaluator: anything with ``run()`` that leaves the scores in ``state.metrics``, higher is better: a MONAI
@@ -172,6 +173,7 @@ class StopAtReference:
         retain_metric: key of the score on retained samples; None sets no budget.
         retain_budget: how far the retain score may fall below its value before training.
         softness: width above the reference over which the pull fades.
+        resolution: distances to the reference that differ by less are noise.
         tolerance: a best epoch further below the reference than this is reported as overshoot.
 
     Raises:
@@ -186,19 +188,22 @@ class StopAtReference:
         loss: UnlearningLoss | None = None,
         forget_metric: str = "forget",
         retain_metric: str | None = "retain",
-        retain_budget: float = 0.1,
+        retain_budget: float = 0.05,
         softness: float = 0.05,
+        resolution: float = 0.01,
         tolerance: float = 0.02,
     ) -> None:
         if not np.isfinite(reference):
             raise ValueError(f"the reference must be a finite number, got {reference}.")
-        if min(retain_budget, softness, tolerance) <= 0:
+        if min(retain_budget, softness, resolution, tolerance) <= 0:
             raise ValueError(
-                f"budget, softness and tolerance must be positive: {retain_budget}, {softness}, {tolerance}."
+                f"budget, softness, resolution and tolerance must be positive, got {retain_budget}, {softness}, "
+                f"{resolution}, {tolerance}."
             )
         self.evaluator, self.reference, self.network, self.loss = evaluator, float(reference), network, loss
         self.forget_metric, self.retain_metric = forget_metric, retain_metric
-        self.retain_budget, self.softness, self.tolerance = retain_budget, softness, tolerance
+        self.retain_budget, self.softness, self.resolution = retain_budget, softness, resolution
+        self.tolerance = tolerance
         self.full_weight = loss.forget_weight if loss is not None else 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
@@ -207,7 +212,7 @@ class StopAtReference:
 
     def attach(self, engine: Engine) -> None:
         """Listen to a trainer."""
-        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
@@ -221,20 +226,21 @@ class StopAtReference:
         if not all(np.isfinite(value) for value in entry.values()):
             raise NotFiniteError(f"a score is not finite after epoch {epoch}: {entry}.")
         self.history.append(entry)
-        if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0)):
+        if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0, 0.0)):
             self.best_epoch = epoch
             self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         if self.loss is not None:
             pull = (entry["forget"] - self.reference) / self.softness
             self.loss.forget_weight = self.full_weight * min(1.0, max(0.0, pull))
 
-    def _rank(self, entry: Mapping[str, float]) -> tuple[float, float]:
-        """Smaller is better: within budget first, then the distance to the reference."""
+    def _rank(self, entry: Mapping[str, float]) -> tuple[float, float, float]:
+        """Smaller is better: within budget first, then the distance to the reference, then the retain score."""
         floor = self.history[0].get("retain", 0.0) - self.retain_budget
-        return float(entry.get("retain", 1.0) < floor), abs(entry["forget"] - self.reference)
+        steps = abs(entry["forget"] - self.reference) // self.resolution
+        return float(entry.get("retain", 1.0) < floor), steps, -entry.get("retain", 0.0)
 
     def _start(self, engine: Engine) -> None:
-        if not self.history:
+        if not self.history:  # a resumed run has been scored before
             self._score(0)
 
     def __call__(self, engine: Engine) -> None:
@@ -311,7 +317,7 @@ class ResumeEachEpoch:
                     self.objects["lr_scheduler"] = owner.lr_scheduler
                 if isinstance(owner, StopAtReference):
                     self.objects["stop_at_reference"] = self.reporters["stop_at_reference"] = owner
-        engine._event_handlers[Events.STARTED].insert(0, (self._load, (engine,), {}))
+        engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 

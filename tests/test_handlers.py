@@ -45,7 +45,7 @@ def run_scripted(forget, retain=None, loss=None, **kwargs):
     network.weight.data.fill_(0)
     handler = StopAtReference(Scripted(forget, retain), 0.7, network, loss, **kwargs)
     engine = Engine(lambda engine, batch: None)
-    engine.add_event_handler(Events.EPOCH_STARTED, lambda: network.weight.data.add_(1))
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda: network.weight.data.add_(1))
     handler.attach(engine)
     engine.run([0], max_epochs=len(forget) - 1)
     return network.weight.item(), handler.report()
@@ -68,6 +68,11 @@ def test_the_start_is_kept_when_nothing_comes_closer():
     assert kept == 0 and report["best_epoch"] == 0
 
 
+def test_of_epochs_equally_close_the_one_that_keeps_more_is_kept():
+    assert run_scripted([0.95, 0.701, 0.706, 0.703], [0.9, 0.87, 0.89, 0.88])[0] == 2
+    assert run_scripted([0.95, 0.701, 0.73], [0.9, 0.87, 0.9])[0] == 1
+
+
 def test_overshoot_and_not_reached_are_flagged():
     assert run_scripted([0.95, 0.6])[1]["overshoot"]
     assert not run_scripted([0.95, 0.69])[1]["overshoot"]
@@ -75,7 +80,7 @@ def test_overshoot_and_not_reached_are_flagged():
 
 
 def test_an_epoch_outside_the_retain_budget_is_kept_only_when_all_are():
-    assert run_scripted([0.95, 0.7, 0.8], [0.9, 0.5, 0.85])[0] == 2
+    assert run_scripted([0.95, 0.7, 0.8], [0.9, 0.5, 0.86])[0] == 2
     kept, report = run_scripted([0.99, 0.7, 0.8], [0.9, 0.9, 0.85], retain_budget=0.01)
     assert kept == 1 and report["retain_within_budget"]
     assert run_scripted([0.95, 0.71], [0.9, 0.1], retain_metric=None)[0] == 1
