@@ -298,8 +298,8 @@ def record_request(prepared: Prepared, output_dir: str | Path) -> None:
         "warnings": resolution.warnings,
     }
     write_json(json.loads(json.dumps(table, default=str)), _private_folder(output_dir) / "ids.json", mode=0o600)
-    for warning in resolution.warnings:
-        print(f"warning: {warning}")
+    if resolution.warnings:  # they name ids, which do not belong into logs
+        print(f"{len(resolution.warnings)} things to look at: see `run plan` or private/ids.json.")
     counts = ", ".join(f"{number} {name}" for name, number in content["counts"].items())
     print(f"{resolution.request.job} by {resolution.request.kind}: {counts} items.")
 

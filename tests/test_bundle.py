@@ -238,6 +238,7 @@ def test_real_data_need_a_request_and_a_given_model_needs_its_split(phantom, tmp
 def test_records_name_nobody_and_private_things_stay_private(phantom, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MONAI_UNLEARN_KEY_FILE", raising=False)
     prepared = prepare(dataset_dir=phantom, forget_ids="PHANTOM_0000000", output_dir=tmp_path)
+    prepared.resolution.warnings.append("PHANTOM_0000000 looks like another")
     record_request(prepared, tmp_path)
     text = (tmp_path / "manifest.json").read_text() + capsys.readouterr().out
     assert "PHANTOM_" not in text and "P0000" not in text
