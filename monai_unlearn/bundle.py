@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -34,7 +34,7 @@ from .datasets import DataError
 from .engines import forward_flops, load_phase, run_phase
 from .handlers import NotFiniteError
 from .relabel import Relabel
-from .request import RequestError, Resolution
+from .request import Item, RequestError, Resolution, item_id
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -117,8 +117,8 @@ def bundle_root() -> str:
 def fingerprint(config_id: str, **overrides: Any) -> str:
     """sha256 of an item of the running configuration with everything it refers to, as text, and of ``overrides``.
 
-    Paths, the device and the number of workers do not count; the content of data and weights is hashed where it is
-    used.
+    The package's version counts; paths, the device and the number of workers do not; the content of data and weights is
+    hashed where it is used.
     """
     return _fingerprint(running_parser(), config_id, overrides)
 
@@ -141,7 +141,9 @@ def _fingerprint(parser: ConfigParser, config_id: str, overrides: dict[str, Any]
 
     visit(ReferenceResolver.normalize_id(config_id))
     numbers = {key: value for key, value in overrides.items() if isinstance(value, (int, float, str))}
-    content = json.dumps([sorted(seen.items()), sorted(numbers.items())], default=repr)
+    from . import __version__  # the package is complete only now
+
+    content = json.dumps([__version__, sorted(seen.items()), sorted(numbers.items())], default=repr)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -223,7 +225,7 @@ def frozen(network: nn.Module, record: dict[str, Any]) -> nn.Module:
 @plain_errors
 def unlearning_targets(
     original: nn.Module,
-    relabel: Relabel | None,
+    relabel: Relabel | Mapping[str, Item] | None,
     resolution: Resolution,
     transform: Callable[[Any], Any],
     store: dict[Any, Any] | None = None,
@@ -235,7 +237,8 @@ def unlearning_targets(
 
     Args:
         original: the frozen original, the teacher on retained items.
-        relabel: makes the new labels of the forget items, see :mod:`monai_unlearn.relabel`; None leaves them theirs.
+        relabel: makes the new labels of the forget items, see :mod:`monai_unlearn.relabel`; a mapping from their ids to
+            other items gives them those items' labels; None leaves them theirs.
         resolution: who is forgotten.
         transform: deterministic preprocessing.
         store: of decoded items, shared with the run.
@@ -254,10 +257,13 @@ def unlearning_targets(
     retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
     values = {"teacher": cache_outputs(original, retain, device, batch_size)}
     forwards, stop_at = len(retain), None
-    if relabel is not None:
+    if isinstance(relabel, Mapping):
+        donors = MemoryDataset([relabel[item_id(item)] for item in forget.data], transform, store)
+        values["forget_label"] = {store_key(item): donors[index]["label"] for index, item in enumerate(forget.data)}
+    elif relabel is not None:
         labels = {}
-        for item, sample in zip(forget.data, (forget[index] for index in range(len(forget)))):
-            image, label = sample["image"][None].to(device), sample["label"][None].to(device)
+        for index, item in enumerate(forget.data):
+            image, label = (forget[index][key][None].to(device) for key in ("image", "label"))
             labels[store_key(item)] = relabel(image, label)[0].cpu()
         values["forget_label"] = labels
         forwards += len(forget)

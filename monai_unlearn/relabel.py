@@ -89,7 +89,7 @@ def to_random_label(
         seed: fixes the draw.
 
     Returns:
-        The donor of each item's id.
+        The donor of each item's id, for the ``relabel`` of :func:`monai_unlearn.unlearning_targets`.
 
     Raises:
         ValueError: without donors.

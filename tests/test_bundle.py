@@ -9,16 +9,19 @@ import sys
 import monai.bundle
 import pytest
 import torch
+from conftest import small_unet
 from monai.bundle import ConfigWorkflow
 from torch import nn
+from toy import ITEMS, draw
 
 import monai_unlearn
-from monai_unlearn.bundle import Stop, bundle_root, fingerprint, plain_errors, running_parser
+from monai_unlearn.bundle import Stop, bundle_root, fingerprint, plain_errors, running_parser, unlearning_targets
 from monai_unlearn.checkpoint import CheckpointError
 from monai_unlearn.datasets import DataError
 from monai_unlearn.handlers import NotFiniteError
 from monai_unlearn.preflight import _typed, finish, prepare, record_request, site_key
-from monai_unlearn.request import RequestError
+from monai_unlearn.relabel import to_reference
+from monai_unlearn.request import DeletionRequest, RequestError, Resolution
 
 IMPORTS = ["$from monai_unlearn.preflight import arguments_checked", "$import monai_unlearn", "$import torch"]
 BASE = {
@@ -208,6 +211,26 @@ def test_a_given_model_is_loaded_and_never_written(tmp_path):
     torch.testing.assert_close(again.weight, network.weight.detach())
     assert not any(p.requires_grad for p in again.parameters())
     assert (tmp_path / "given.pt").stat().st_mtime_ns == before.st_mtime_ns and not (tmp_path / "new.pt").exists()
+
+
+def test_what_the_unlearning_needs_is_computed_once_and_costs_what_it_says():
+    items = [{**item, "group": item["image"]} for item in ITEMS]
+    holdout = [{"image": str(i), "label": "m", "group": str(i)} for i in range(50, 75)]
+    resolution = Resolution(DeletionRequest({"ids": ["a"]}), items, holdout, [], {})
+    original, reference = small_unet(), small_unet(seed=1)
+    forget = [item for item in items if item["forget"]]
+    found = unlearning_targets(original, to_reference(reference), resolution, draw, reference=reference)
+    assert set(found["values"]["teacher"]) == {(i["image"], "m") for i in items if not i["forget"]}
+    for item in forget:
+        expected = reference(draw(item)["image"][None])[0].sigmoid()
+        torch.testing.assert_close(found["values"]["forget_label"][item["image"], "m"], expected)
+    assert 0 <= found["stop_value"] <= 1
+    assert found["images"] == pytest.approx((9 + 3 + 3 + 2 * 25) / 3)
+    plain = unlearning_targets(original, None, resolution, draw)
+    assert set(plain["values"]) == {"teacher"} and plain["stop_value"] is None and plain["images"] == 3
+    donors = {item["image"]: items[1] for item in forget}
+    drawn = unlearning_targets(original, donors, resolution, draw)["values"]["forget_label"]
+    assert all((label == draw(items[1])["label"]).all() for label in drawn.values())
 
 
 # preparing ------------------------------------------------------------------------------------------------------------
