@@ -46,6 +46,7 @@ class DistillationLoss(nn.Module):
         ValueError: when T is not positive or a weight is negative.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[[0.5, -2.0]]])
         >>> DistillationLoss()(logits, logits).item()
         0.0
@@ -94,6 +95,7 @@ class UnlearningLoss(nn.Module):
         ValueError: when all terms are left out; in use, when ``distill`` is there and the target has no teacher.
 
     Example:
+        >>> import torch
         >>> loss = UnlearningLoss(nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss(), forget_weight=3.0)
         >>> target = Target(torch.zeros(2, 1, 4, 4), torch.tensor([True, False]))
         >>> round(loss(torch.zeros(2, 1, 4, 4), target).item(), 4)  # 4 ln 2

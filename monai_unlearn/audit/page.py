@@ -101,7 +101,7 @@ def _cases(cases: list[dict[str, Any]]) -> str:
         row[1].set_xlabel(f"IoU {case['iou']['original']:.2f} → {case['iou']['unlearned']:.2f}", fontsize=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ("image", "truth red, original blue, unlearned green", "|original − unlearned|")):
+    for axis, title in zip(axes[0], ("image", "truth red, original blue, unlearned green", "|difference|")):
         axis.set_title(title, fontsize=9)
     return _png(figure)
 
