@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,8 @@ def _inject(network: nn.Module, config: LoraConfig, chosen: list[str], seed: int
     config._register_custom_module(dict.fromkeys(ADAPTABLE, WeightLora))
     mode = network.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # peft's words for the layers that are ours
         torch.manual_seed(seed)
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     network.train(mode)  # new modules start in train mode
