@@ -111,7 +111,8 @@ class PhaseProgress:
         assert self.bar is not None
         self.bar.update(1)
         if engine.state.iteration % 10 == 0:
-            loss = torch.as_tensor(engine.state.output["loss"]).mean()  # type: ignore[index,call-overload]
+            output: Any = engine.state.output  # a list of items where the trainer decollates
+            loss = torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]).mean()
             self.bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{float(loss):.3f}")
 
     def _close(self, engine: Engine, error: BaseException | None = None) -> None:
@@ -335,7 +336,8 @@ class ResumeEachEpoch:
         self.path.unlink(missing_ok=True)
 
     def _count(self, engine: Engine) -> None:
-        self.images += len(engine.state.batch["image"])  # type: ignore[index,call-overload]
+        batch: Any = engine.state.batch  # a list of items where the trainer decollates
+        self.images += len(batch) if isinstance(batch, list) else len(batch["image"])
 
     def _save(self, engine: Engine) -> None:
         if time.perf_counter() - self.written < self.every_seconds:

@@ -128,7 +128,7 @@ def _cost(cost: Mapping[str, Any]) -> str:
     ):  # fmt: skip
         seconds, flops, images = (cost[f"{name}_{unit}"] for unit in ("seconds", "flops", "images"))
         rows.append([label, _number(seconds, 1), "–" if flops is None else f"{flops / 1e12:.2f}",
-                     "–" if images is None else f"{images:,}"])  # fmt: skip
+                     "–" if images is None else f"{images:,.0f}"])  # fmt: skip
     return _table(["cost", "seconds", "TFLOP", "image passes"], rows)
 
 
