@@ -14,7 +14,6 @@ import functools
 import hashlib
 import inspect
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,6 @@ from .handlers import NotFiniteError
 from .relabel import Relabel
 from .request import Item, RequestError, Resolution, item_id
 
-logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 

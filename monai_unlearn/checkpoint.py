@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):

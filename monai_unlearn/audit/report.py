@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import platform
 import resource
@@ -26,8 +25,6 @@ from .page import render
 from .reference import completeness, expected_unseen
 from .scores import score_cases
 from .statistics import bootstrap_mean, group_means
-
-logger = logging.getLogger(__name__)
 
 SCHEMA = "monai_unlearn.report/1"
 REPORTED = ("original", "unlearned", "retrained", "reference")
