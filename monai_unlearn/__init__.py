@@ -6,10 +6,22 @@ from . import audit
 from .audit import reference_parts, write_report
 from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
-from .data import CheckMaskd, ForgetRetainSampler, MarkForgetd, MemoryDataset, cache_outputs
-from .datasets import as_mask, as_rgb, isic_datalist, make_isic_phantom
+from .data import CheckMaskd, FieldOfViewd, ForgetRetainSampler, MarkForgetd, MemoryDataset, OneHotd, cache_outputs
+from .datasets import (
+    as_mask,
+    as_rgb,
+    chase_datalist,
+    isic_classification_datalist,
+    isic_datalist,
+    make_chase_phantom,
+    make_isic_classification_phantom,
+    make_isic_phantom,
+    read_pair,
+    read_photograph,
+)
 from .engines import PrepareUnlearning, run_phase
 from .handlers import (
+    DriftCap,
     PhaseProgress,
     ReseedEachEpoch,
     ResumeEachEpoch,
@@ -22,24 +34,49 @@ from .lora import (
     freeze_norm,
     inject_lora,
     load_adapter,
+    make_restorable,
     make_student,
+    mask_logits,
     merge_lora,
     save_adapter,
 )
-from .losses import DistillationLoss, Target, UnlearningLoss
+from .losses import (
+    ContradictLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    MaximumEntropyLoss,
+    Target,
+    TeacherWeightedBackgroundLoss,
+    UnlearningLoss,
+)
 from .preflight import finish, normalise_arguments, prepare, print_plan, record_request
-from .relabel import keep_label, random_labels, to_background, to_random_label, to_reference, to_uniform
+from .relabel import (
+    keep_label,
+    random_labels,
+    to_background,
+    to_random_class,
+    to_random_label,
+    to_reference,
+    to_uniform,
+    without_class,
+)
 from .request import DeletionRequest, Resolution, make_request, manifest, published_split, read_request, resolve
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckMaskd",
+    "ContradictLoss",
     "DeletionRequest",
     "DistillationLoss",
+    "DivergenceLoss",
+    "DriftCap",
+    "FieldOfViewd",
     "ForgetRetainSampler",
     "MarkForgetd",
+    "MaximumEntropyLoss",
     "MemoryDataset",
+    "OneHotd",
     "PhaseProgress",
     "PrepareUnlearning",
     "ReseedEachEpoch",
@@ -49,6 +86,7 @@ __all__ = [
     "StopWhenNotFinite",
     "Target",
     "TeacherGuard",
+    "TeacherWeightedBackgroundLoss",
     "UnlearningLoss",
     "adapters_disabled",
     "as_mask",
@@ -56,20 +94,26 @@ __all__ = [
     "audit",
     "bundle_root",
     "cache_outputs",
+    "chase_datalist",
     "content",
     "fingerprint",
     "finish",
     "freeze_norm",
     "frozen",
     "inject_lora",
+    "isic_classification_datalist",
     "isic_datalist",
     "keep_label",
     "load_adapter",
     "load_weights",
+    "make_chase_phantom",
+    "make_isic_classification_phantom",
     "make_isic_phantom",
     "make_request",
+    "make_restorable",
     "make_student",
     "manifest",
+    "mask_logits",
     "merge_lora",
     "normalise_arguments",
     "phase",
@@ -77,6 +121,8 @@ __all__ = [
     "print_plan",
     "published_split",
     "random_labels",
+    "read_pair",
+    "read_photograph",
     "read_request",
     "read_weights",
     "record_request",
@@ -88,11 +134,13 @@ __all__ = [
     "save_weights",
     "seeded",
     "to_background",
+    "to_random_class",
     "to_random_label",
     "to_reference",
     "to_uniform",
     "unlearning_targets",
     "variant",
     "weights_digest",
+    "without_class",
     "write_report",
 ]

@@ -26,7 +26,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
 from .audit.reference import regression_reference
-from .audit.scores import score_cases
+from .audit.scores import Inferer, main_score, score_cases
 from .checkpoint import CheckpointError, load_weights
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
@@ -230,6 +230,8 @@ def unlearning_targets(
     reference: nn.Module | None = None,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
+    inferer: Inferer | None = None,
+    teacher_on_forget: bool = False,
 ) -> dict[str, Any]:
     """What the unlearning phase needs to know of the frozen models, computed once on the deterministic view.
 
@@ -243,18 +245,21 @@ def unlearning_targets(
         reference: a frozen model that saw neither forget set nor holdout; it says where to stop.
         device: where to compute.
         batch_size: items at a time.
+        inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
+        teacher_on_forget: whether the forget loss reads the teacher's logits too (its ``uses_teacher``).
 
     Returns:
         ``values``: the teacher's logits (``teacher``) and the new labels (``forget_label``) by item, for the
-        ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`; ``stop_value``: the IoU expected of the forget set
-        (:func:`monai_unlearn.audit.regression_reference`), None without a reference; and what it cost: ``seconds``,
-        ``flops``, ``images`` (a forward pass counts a third).
+        ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`; ``stop_value``: the IoU or accuracy expected of the
+        forget set (:func:`monai_unlearn.audit.regression_reference`), None without a reference; and what it cost:
+        ``seconds``, ``flops``, ``images`` (a forward pass counts a third).
     """
     start = time.perf_counter()
     sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
     retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
-    values = {"teacher": cache_outputs(original, retain, device, batch_size)}
-    forwards, stop_at = len(retain), None
+    taught = MemoryDataset([*retain.data, *forget.data], transform, store) if teacher_on_forget else retain
+    values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)}
+    forwards, stop_at = len(taught), None
     if isinstance(relabel, Mapping):
         donors = MemoryDataset([relabel[item_id(item)] for item in forget.data], transform, store)
         values["forget_label"] = {store_key(item): donors[index]["label"] for index, item in enumerate(forget.data)}
@@ -266,13 +271,14 @@ def unlearning_targets(
         values["forget_label"] = labels
         forwards += len(forget)
     if reference is not None:
-        on_forget, on_unseen = (score_cases(reference, one, device, batch_size) for one in (forget, unseen))
-        stop_at = regression_reference(on_forget, on_unseen, score_cases(original, unseen, device, batch_size)["iou"])
+        on_forget, on_unseen = (score_cases(reference, one, device, batch_size, inferer) for one in (forget, unseen))
+        of_original = score_cases(original, unseen, device, batch_size, inferer)
+        stop_at = regression_reference(on_forget, on_unseen, of_original[main_score(of_original)])
         forwards += len(forget) + 2 * len(unseen)
     return {
         "values": values,
         "stop_value": stop_at,
         "seconds": time.perf_counter() - start,
-        "flops": forwards * forward_flops(original, retain[0]["image"].to(device)),
+        "flops": forwards * forward_flops(original, retain[0]["image"].to(device), inferer),
         "images": forwards / 3,
     }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import DataLoader, Dataset
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Randomizable
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -192,6 +192,52 @@ class CheckMaskd(MapTransform):
         return d
 
 
+class FieldOfViewd(MapTransform):
+    """Say where a fundus photograph shows the eye: the new item ``region``, see
+    :func:`monai_unlearn.datasets.field_of_view`.
+
+    Args:
+        keys: the photograph, ``(3, H, W)``, 0 for black.
+        region_key: where the boolean region ``(1, H, W)`` goes.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", region_key: str = "region") -> None:
+        super().__init__(keys)
+        self.region_key = region_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        from .datasets import field_of_view
+
+        d = dict(data)
+        image = np.moveaxis(np.asarray(d[self.first_key(d)]), 0, -1)
+        d[self.region_key] = torch.from_numpy(field_of_view(image))[None]
+        return d
+
+
+class OneHotd(MapTransform):
+    """A class number becomes class probabilities ``(K,)``, 1 for that class.
+
+    Args:
+        keys: ints in [0, number).
+        number: K.
+
+    Raises:
+        ValueError: in use, when a class is out of range.
+    """
+
+    def __init__(self, keys: KeysCollection = "label", number: int = 2) -> None:
+        super().__init__(keys)
+        self.number = number
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            if not 0 <= int(d[key]) < self.number:
+                raise ValueError(f"the class {d[key]!r} does not lie in [0, {self.number}).")
+            d[key] = torch.eye(self.number)[int(d[key])]
+        return d
+
+
 class MemoryDataset(Dataset):
     """A dataset whose deterministic transform runs once per item, however many datasets share the item.
 
@@ -201,7 +247,9 @@ class MemoryDataset(Dataset):
         store: where results are kept, keyed by image and label path; give the same dict to every dataset of a run so
             that each file is decoded once. It holds images and must not be written to disk.
         extra: item keys handed on beside the transform's own, such as ``forget``; they are not stored.
-        targets: further tensors by image path, such as a teacher's logits, under the name of the item key.
+        targets: further tensors by item, such as a teacher's logits, under the name of the item key.
+        random_transform: applied last and anew each time, to the item with its extra keys and targets; a crop has to
+            name the targets' keys too. It may return a list of items (patches).
     """
 
     def __init__(
@@ -211,29 +259,36 @@ class MemoryDataset(Dataset):
         store: MutableMapping[Any, dict[str, Tensor]] | None = None,
         extra: Sequence[str] = (),
         targets: Mapping[str, Mapping[Any, Tensor]] | None = None,
+        random_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(data, transform)
+        self.random_transform = random_transform
         self.store = {} if store is None else store
         self.extra = tuple(extra)
         self.targets = {} if targets is None else targets
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         item = self.data[index]
         key = store_key(item)
         if key not in self.store:
             result = self.transform(dict(item))
-            self.store[key] = {
-                name: (value.as_tensor() if hasattr(value, "as_tensor") else value)
-                for name, value in result.items()
-                if isinstance(value, Tensor)
-            }
+            self.store[key] = {name: value for name, value in _plain(result).items() if isinstance(value, Tensor)}
         sample = {**self.store[key], **{name: item[name] for name in self.extra if name in item}}
         for name, values in self.targets.items():
             if key in values:
                 sample[name] = values[key]
             else:  # rows of a batch hold the same keys; whoever reads this one gets a loss that is not a number
                 sample[name] = torch.full_like(next(iter(values.values())), torch.nan)
-        return sample
+        if self.random_transform is None:
+            return sample
+        result = self.random_transform(sample)
+        return [_plain(one) for one in result] if isinstance(result, list) else _plain(result)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> MemoryDataset:
+        """Fix the random transform's draws from here on; MONAI's loaders and ``ReseedEachEpoch`` call it."""
+        if isinstance(self.random_transform, Randomizable):
+            self.random_transform.set_random_state(seed, state)
+        return self
 
     def digest(self) -> str:
         """sha256 over what an epoch can see: each item's content, flags and targets, in order."""
@@ -253,6 +308,11 @@ class MemoryDataset(Dataset):
         return [bool(item.get("forget", False)) for item in self.data]
 
 
+def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The same item without MONAI's metadata on its tensors."""
+    return {name: value.as_tensor() if hasattr(value, "as_tensor") else value for name, value in sample.items()}
+
+
 def store_key(item: Mapping[str, Any]) -> tuple[str, str]:
     """What identifies an item's content in a store: the paths of its image and its label."""
     return str(item["image"]), str(item.get("label", ""))
@@ -266,6 +326,7 @@ def cache_outputs(
     batch_size: int = 16,
     post: Callable[[Tensor], Tensor] | None = None,
     desc: str = "teacher outputs",
+    inferer: Callable[[Tensor, nn.Module], Tensor] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """What a frozen network says about each item, computed once on the deterministic view.
 
@@ -278,6 +339,7 @@ def cache_outputs(
         batch_size: images at a time.
         post: applied to each batch of logits, such as ``torch.sigmoid``.
         desc: name on the progress bar.
+        inferer: such as MONAI's ``SlidingWindowInferer``; None calls the network.
 
     Returns:
         The output of each item, keyed as in :class:`MemoryDataset`, for its ``targets``.
@@ -289,7 +351,8 @@ def cache_outputs(
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
         rows = iter(dataset.data)
         for batch in tqdm(loader, desc, leave=False):
-            logits = network(batch["image"].to(device))
+            image = batch["image"].to(device)
+            logits = network(image) if inferer is None else inferer(image, network)
             for value, item in zip((logits if post is None else post(logits)).cpu(), rows):
                 outputs[store_key(item)] = value.clone()
     finally:

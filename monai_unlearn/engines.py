@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
 from .handlers import ResumeEachEpoch
-from .lora import adapted_layers, merge_lora, save_adapter
+from .lora import adapted_layers, drift, merge_lora, save_adapter
 from .losses import Target
 from .relabel import Relabel, keep_label
 
@@ -94,10 +94,13 @@ def training_flops(network: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def forward_flops(network: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of one forward pass for one sample ``(C, *spatial)``."""
+def forward_flops(
+    network: nn.Module, image: Tensor, inferer: Callable[[Tensor, nn.Module], Tensor] | None = None
+) -> int:
+    """Floating-point operations of one forward pass for one sample ``(C, *spatial)``, through an inferer if given."""
+    probe = copy.deepcopy(network).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(network).eval()(image[None])
+        probe(image[None]) if inferer is None else inferer(image[None], probe)
     return counter.get_total_flops()
 
 
@@ -144,7 +147,8 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     if adapted_layers(network):
         save_adapter(network, path.parent / "adapter")
     save_weights(merge_lora(network), path)
-    image = dataset[0]["image"].to(next(network.parameters()).device)
+    sample = dataset[0]  # a list where the dataset gives patches
+    image = (sample[0] if isinstance(sample, list) else sample)["image"].to(next(network.parameters()).device)
     record = {
         "key": key,
         "sha256": file_digest(path),
@@ -153,6 +157,7 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
         "flops": resumable.images * training_flops(network, image) + resumable.scored * forward_flops(network, image),
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in merge_lora(network).parameters()),
+        "drift": drift(network) if adapted_layers(network) else None,
         "reports": resumable.reports(),
     }
     write_json(record, record_path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import CheckpointError, atomic_path, weights_digest
+from .lora import limit_drift
 from .losses import UnlearningLoss
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class StopWhenNotFinite:
 class ReseedEachEpoch:
     """Seed torch, numpy and random from (seed, epoch) when an epoch starts: a resumed run equals an undisturbed one.
 
-    A batch sampler or sampler with ``set_epoch`` is told the epoch.
+    A batch sampler or sampler with ``set_epoch`` is told the epoch, and a dataset with ``set_random_state`` gets the
+    seed for its random transforms.
 
     Args:
         seed: of the run.
@@ -80,6 +82,9 @@ class ReseedEachEpoch:
             set_epoch = getattr(getattr(loader, name, None), "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(engine.state.epoch)
+        set_random_state = getattr(getattr(loader, "dataset", None), "set_random_state", None)
+        if set_random_state is not None:
+            set_random_state(seed % 2**32)
 
 
 class PhaseProgress:
@@ -167,7 +172,8 @@ class StopAtReference:
     Args:
         evaluator: anything with ``run()`` that leaves the scores in ``state.metrics``, higher is better: a MONAI
             evaluator, or :class:`monai_unlearn.audit.SplitEvaluator`.
-        reference: the expected-unseen score (audit: q̂).
+        reference: the expected-unseen score (audit: q̂). None takes the score before training: a monitor that keeps
+            the epoch with the best retain score among those whose forget score has not rebounded.
         network: the network that trains; the best weights are kept in host memory.
         loss: its ``forget_weight`` is the one that is turned down; None only watches and keeps the best epoch.
         forget_metric: key of the score on the forget set.
@@ -184,7 +190,7 @@ class StopAtReference:
     def __init__(
         self,
         evaluator: Any,
-        reference: float,
+        reference: float | None,
         network: nn.Module,
         loss: UnlearningLoss | None = None,
         forget_metric: str = "forget",
@@ -194,14 +200,15 @@ class StopAtReference:
         resolution: float = 0.01,
         tolerance: float = 0.02,
     ) -> None:
-        if not np.isfinite(reference):
+        if reference is not None and not np.isfinite(reference):
             raise ValueError(f"the reference must be a finite number, got {reference}.")
         if min(retain_budget, softness, resolution, tolerance) <= 0:
             raise ValueError(
                 f"budget, softness, resolution and tolerance must be positive, got {retain_budget}, {softness}, "
                 f"{resolution}, {tolerance}."
             )
-        self.evaluator, self.reference, self.network, self.loss = evaluator, float(reference), network, loss
+        self.evaluator, self.network, self.loss = evaluator, network, loss
+        self.reference = None if reference is None else float(reference)
         self.forget_metric, self.retain_metric = forget_metric, retain_metric
         self.retain_budget, self.softness, self.resolution = retain_budget, softness, resolution
         self.tolerance = tolerance
@@ -227,6 +234,8 @@ class StopAtReference:
         if not all(np.isfinite(value) for value in entry.values()):
             raise NotFiniteError(f"a score is not finite after epoch {epoch}: {entry}.")
         self.history.append(entry)
+        if self.reference is None:
+            self.reference = entry["forget"]
         if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0, 0.0)):
             self.best_epoch = epoch
             self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
@@ -237,7 +246,7 @@ class StopAtReference:
     def _rank(self, entry: Mapping[str, float]) -> tuple[float, float, float]:
         """Smaller is better: within budget first, then the distance to the reference, then the retain score."""
         floor = self.history[0].get("retain", 0.0) - self.retain_budget
-        steps = abs(entry["forget"] - self.reference) // self.resolution
+        steps = abs(entry["forget"] - (self.reference or 0.0)) // self.resolution
         return float(entry.get("retain", 1.0) < floor), steps, -entry.get("retain", 0.0)
 
     def _start(self, engine: Engine) -> None:
@@ -256,12 +265,13 @@ class StopAtReference:
     def report(self) -> dict[str, Any]:
         """What happened, ready for JSON: reference, history, best epoch, whether it lies below the reference."""
         best = next((entry for entry in self.history if entry["epoch"] == self.best_epoch), None)
+        reference = self.reference or 0.0
         return {
             "reference": self.reference,
             "history": self.history,
             "best_epoch": self.best_epoch,
-            "overshoot": bool(best and best["forget"] < self.reference - self.tolerance),
-            "reached": bool(best and best["forget"] <= self.reference + self.tolerance),
+            "overshoot": bool(best and best["forget"] < reference - self.tolerance),
+            "reached": bool(best and best["forget"] <= reference + self.tolerance),
             "retain_within_budget": bool(best and self._rank(best)[0] == 0.0),
         }
 
@@ -274,14 +284,41 @@ class StopAtReference:
             "best_epoch": self.best_epoch,
             "forget_weight": weight,
             "scored": self.scored,
+            "reference": self.reference,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.history, self.best, self.best_epoch = list(state["history"]), state["best"], state["best_epoch"]
-        self.scored = state["scored"]
+        self.scored, self.reference = state["scored"], state["reference"]
         if self.loss is not None:
             self.loss.forget_weight = state["forget_weight"]
+
+
+class DriftCap:
+    """Let no adapted layer move further from its weights than a share of their norm: ‖ΔW‖ / ‖W‖ ≤ cap, after each step.
+
+    A layer beyond the cap has its factor B scaled back, which keeps the direction of its change.
+
+    Args:
+        network: with adapters.
+        cap: the largest relative change (Frobenius).
+
+    Raises:
+        ValueError: when the cap is not positive.
+    """
+
+    def __init__(self, network: nn.Module, cap: float) -> None:
+        if cap <= 0:
+            raise ValueError(f"the cap on the drift must be positive, got {cap}.")
+        self.network, self.cap = network, cap
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        limit_drift(self.network, self.cap)
 
 
 class ResumeEachEpoch:

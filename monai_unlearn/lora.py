@@ -16,8 +16,9 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,8 @@ ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PREFIX = "base_model.model."  # in front of every key of an adapter file that peft writes
 ADAPTER = "default"
 
-# Class name of a MONAI network -> (decoder, head), as regular expressions over full module names.
+# Class name of a MONAI network -> (decoder, head), as regular expressions over full module names. The "decoder" of a
+# classifier is its last stage.
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "UNet": (r"model\.(1\.submodule\.)*2\..*", r"model\.2(\.1\.conv\.unit0)?\.conv"),
     "BasicUNet": (r"upcat_\d+\..*|final_conv", r"final_conv"),
@@ -48,6 +50,11 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "UNETR": (r"decoder\d+\..*|out\..*", r"out\.conv\.conv"),
     "SwinUNETR": (r"decoder\d+\..*|out\..*", r"out\.conv\.conv"),
     "FlexibleUNet": (r"decoder\..*|segmentation_head\..*", r"segmentation_head\.0"),
+    **dict.fromkeys(
+        ("DenseNet", "DenseNet121", "DenseNet169", "DenseNet201", "DenseNet264"),
+        (r"features\.denseblock4\..*|class_layers\.out", r"class_layers\.out"),
+    ),
+    "ResNet": (r"layer4\..*|fc", r"fc"),
     "VNet": (r"up_tr\d+\..*|out_tr\..*", r"out_tr\..*"),
 }
 
@@ -158,7 +165,7 @@ def inject_lora(
 
     Load the weights first: adapters change the names of the keys. A layer for which even the full ``rank`` would be
     larger than its own weight gets a smaller one (same scale); a layer smaller than any adapter is left as it is and
-    logged.
+    logged, unless the scope names no other, which then get rank 1.
 
     Args:
         network: a plain network.
@@ -190,6 +197,8 @@ def inject_lora(
     if strange and scope not in ("all", "decoder", "head"):
         raise ValueError(f"scope {scope!r} asks for layers that cannot be adapted: {', '.join(strange)}.")
     ranks = {name: _rank(module, rank) for name, module in leaves.items()}
+    if scope != "all" and not any(ranks.values()):  # only layers smaller than any adapter were asked for
+        ranks = dict.fromkeys(ranks, 1)
     chosen = [name for name, r in ranks.items() if r > 0]
     if not chosen:
         raise ValueError(f"scope {scope!r} matches no layer of {type(network).__name__} that an adapter fits in.")
@@ -223,7 +232,12 @@ def _inject(network: nn.Module, config: LoraConfig, chosen: list[str], seed: int
 
 
 def make_student(
-    original: nn.Module, scope: str = "all", rank: int = 8, alpha: float | None = None, seed: int = 0
+    original: nn.Module,
+    scope: str = "all",
+    rank: int = 8,
+    alpha: float | None = None,
+    seed: int = 0,
+    freeze_statistics: bool = True,
 ) -> nn.Module:
     """A copy of the original that is ready to unlearn: normalisation frozen, and only the chosen weights trainable.
 
@@ -233,11 +247,60 @@ def make_student(
         rank: of the adapters.
         alpha: see :func:`inject_lora`.
         seed: of the adapters.
+        freeze_statistics: False lets the running statistics of normalisation layers drift under frozen weights, as the
+            released code of Erase to Retain does.
     """
-    student = freeze_norm(copy.deepcopy(original))
+    student = copy.deepcopy(original)
+    if freeze_statistics:
+        freeze_norm(student)
     if scope == "full":
         return student.requires_grad_(True)
     return inject_lora(student, rank, alpha, scope, seed)
+
+
+def make_restorable(unlearned: nn.Module, scope: str = "head") -> nn.Module:
+    """A copy of an unlearned network in which only the head trains: Erase to Retain's gentle restoration (2511.16574).
+
+    Adapters, where there are any, are merged and frozen with the rest; normalisation keeps its statistics.
+
+    Args:
+        unlearned: left as it is.
+        scope: ``head``, ``decoder`` or a regular expression over module names: what may train, weights and biases.
+
+    Raises:
+        ValueError: when the scope matches nothing that trains, or ``head`` is asked of an unknown architecture.
+    """
+    pattern = re.compile(scope_pattern(unlearned, scope))
+    network = freeze_norm(merge_lora(unlearned)).requires_grad_(False)
+    parts = [module for name, module in network.named_modules() if name and pattern.fullmatch(name)]
+    for parameter in chain.from_iterable(part.parameters() for part in parts):
+        parameter.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"scope {scope!r} matches nothing in {type(network).__name__} that could be restored.")
+    return network
+
+
+def mask_logits(network: nn.Module, classes: Iterable[int], by: float = 1e4) -> nn.Module:
+    """A copy that never names some classes, because their bias in the head is lowered: nothing else changes.
+
+    The control of class suppression: the answers look right and every feature of the class is still there.
+
+    Args:
+        network: plain, with a linear head (see :func:`inject_lora`); left as it is.
+        classes: in [0, C).
+        by: what is taken from the bias.
+
+    Raises:
+        ValueError: when the head is not known or has no bias.
+    """
+    masked = copy.deepcopy(network)
+    pattern = re.compile(scope_pattern(masked, "head"))
+    heads = [module for name, module in masked.named_modules() if pattern.fullmatch(name)]
+    if len(heads) != 1 or getattr(heads[0], "bias", None) is None:
+        raise ValueError(f"{type(network).__name__} has no single head with a bias to mask logits in.")
+    with torch.no_grad():
+        cast(Tensor, heads[0].bias)[list(classes)] -= by
+    return masked.requires_grad_(True)
 
 
 @contextmanager
@@ -285,6 +348,16 @@ def drift(network: nn.Module) -> dict[str, float]:
         change = layer.adapted_weight().detach() - base
         moved[name] = (change.norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny)).item()
     return moved
+
+
+@torch.no_grad()
+def limit_drift(network: nn.Module, cap: float) -> None:
+    """Scale every adapter back whose layer moved by more than ``cap`` of its norm, in place; see :func:`drift`."""
+    moved = drift(network)
+    for name, layer in adapted_layers(network).items():
+        if moved[name] > cap:
+            for factor in layer.lora_B.values():
+                _weight(factor).mul_(cap / moved[name])
 
 
 def _base_state(network: nn.Module) -> dict[str, Tensor]:

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class Target(NamedTuple):
@@ -20,8 +22,8 @@ class Target(NamedTuple):
         label: probabilities of the prediction's shape, ``(B, C, *spatial)`` or ``(B, C)``; the samples to forget carry
             their new labels.
         forget: which samples those are, boolean ``(B,)``.
-        teacher: the frozen original's logits in the same shape; None where nothing is distilled. Rows of samples to
-            forget are never read.
+        teacher: the frozen original's logits in the same shape; None where nothing needs them. Rows of samples to
+            forget are read only by a forget loss with ``uses_teacher``.
     """
 
     label: Tensor
@@ -79,6 +81,107 @@ class DistillationLoss(nn.Module):
         return loss
 
 
+class DivergenceLoss(nn.Module):
+    """KL(label‖p), the mean over batch and voxels in nats: 0 where the prediction is the label.
+
+    With :func:`monai_unlearn.to_uniform` it is KL(u‖p) = −log C − (1/C)·Σ log p_c, the forget term of Erase to Retain's
+    classification experiment (arXiv 2511.16574): 0 at uniform and unbounded. One channel counts as two classes.
+
+    Example:
+        >>> DivergenceLoss()(torch.zeros(2, 9), torch.full((2, 9), 1 / 9)).item()
+        0.0
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Logits and probabilities, ``(B, C, *spatial)`` or ``(B, C)``."""
+        if input.shape[1] == 1:
+            cross = F.binary_cross_entropy_with_logits(input, target, reduction="none")
+            return (cross - torch.special.entr(target) - torch.special.entr(1 - target)).mean()
+        return -(target * input.log_softmax(1) + torch.special.entr(target)).sum(1).mean()
+
+
+class MaximumEntropyLoss(nn.Module):
+    """KL(p‖u) = log C − H(p), the mean over batch and voxels in nats; the label is not read.
+
+    0 at uniform and at most log C, so unlike :class:`DivergenceLoss` its pull ends. One channel counts as two classes.
+
+    Example:
+        >>> import torch
+        >>> round(MaximumEntropyLoss()(torch.tensor([[50.0, 0.0]]), None).item(), 4)  # log 2
+        0.6931
+    """
+
+    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+        """Logits ``(B, C, *spatial)`` or ``(B, C)``."""
+        if input.shape[1] == 1:
+            input = torch.cat([input, torch.zeros_like(input)], 1)  # sigmoid(z) = softmax of (z, 0)
+        log_p = input.log_softmax(1)
+        return (math.log(input.shape[1]) + (log_p.exp() * log_p).sum(1)).mean()
+
+
+class TeacherWeightedBackgroundLoss(nn.Module):
+    """mean[(1 + b·1{p_T > τ})·(−log p_background)]: to background, harder where the teacher is confident.
+
+    The forget term of Erase to Retain's SegFormer experiment (arXiv 2511.16574); weights are not normalised. For one
+    channel p_T is the teacher's sigmoid and −log p_background is softplus(z); for several p_T is the teacher's
+    probability of anything but channel 0. With b = 0 it is binary cross-entropy to zeros. The label is not read.
+
+    Args:
+        boost: b.
+        threshold: τ.
+
+    Raises:
+        ValueError: when b is negative or τ is not in [0, 1).
+    """
+
+    uses_teacher = True
+
+    def __init__(self, boost: float = 4.0, threshold: float = 0.3) -> None:
+        super().__init__()
+        if boost < 0 or not 0 <= threshold < 1:
+            raise ValueError(f"boost must not be negative and threshold lie in [0, 1), got {boost} and {threshold}.")
+        self.boost, self.threshold = boost, threshold
+
+    def forward(self, input: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
+        """Logits, label (not read) and the teacher's logits, ``(B, C, *spatial)``."""
+        if input.shape[1] == 1:
+            confident, background = teacher.sigmoid() > self.threshold, F.softplus(input)
+        else:
+            confident = 1 - teacher.softmax(1)[:, :1] > self.threshold
+            background = -input.log_softmax(1)[:, :1]
+        return ((1 + self.boost * confident) * background).mean()
+
+
+class ContradictLoss(nn.Module):
+    """Say the opposite of the teacher wherever it is confident: BCE(z_S, 1 − 1{σ(z_T) > ½}), a mean over those voxels.
+
+    Adversarial to the teacher's confident predictions, as Erase to Retain describes its strong phase (arXiv
+    2511.16574). Voxels on which the teacher is not confident add nothing; where there is none the loss is 0. The label
+    is not read. For several channels each is taken by itself.
+
+    Args:
+        confidence: a voxel counts where max(σ(z_T), 1 − σ(z_T)) is above it.
+
+    Raises:
+        ValueError: when it does not lie in [0.5, 1).
+    """
+
+    uses_teacher = True
+
+    def __init__(self, confidence: float = 0.9) -> None:
+        super().__init__()
+        if not 0.5 <= confidence < 1:
+            raise ValueError(f"confidence must lie in [0.5, 1), got {confidence}.")
+        self.confidence = confidence
+
+    def forward(self, input: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
+        """Logits, label (not read) and the teacher's logits, ``(B, C, *spatial)``."""
+        p = teacher.sigmoid()
+        counts = torch.maximum(p, 1 - p) > self.confidence
+        loss = F.binary_cross_entropy_with_logits(input, (p <= 0.5).to(input), reduction="none")
+        return (loss * counts).sum() / counts.sum().clamp_min(1)
+
+
 class UnlearningLoss(nn.Module):
     """retain(kept) + distill(kept) + λ·forget(forgotten), each a mean over its own group.
 
@@ -87,12 +190,13 @@ class UnlearningLoss(nn.Module):
 
     Args:
         retain: ``(logits, label) -> scalar`` on the samples to keep; None leaves the term out.
-        forget: the same on the samples to forget with their new labels; None leaves the term out.
+        forget: the same on the samples to forget with their new labels; None leaves the term out. A loss whose
+            attribute ``uses_teacher`` is true gets the teacher's logits as third argument.
         distill: ``(logits, teacher's logits) -> scalar`` on the samples to keep; None leaves the term out.
         forget_weight: λ; negative ascends. May be set while training.
 
     Raises:
-        ValueError: when all terms are left out; in use, when ``distill`` is there and the target has no teacher.
+        ValueError: when all terms are left out; in use, when a term needs the teacher and the target has none.
 
     Example:
         >>> import torch
@@ -123,11 +227,20 @@ class UnlearningLoss(nn.Module):
             if self.retain is not None:
                 loss = loss + self.retain(input[kept], target.label[kept])
             if self.distill is not None:
-                if target.teacher is None:
-                    raise ValueError("the loss distils, but the target holds no teacher's logits; give one a teacher.")
-                loss = loss + self.distill(input[kept], target.teacher[kept])
+                loss = loss + self.distill(input[kept], _teacher(target)[kept])
         if self.forget is not None and self.forget_weight != 0 and forget.any():
-            loss = loss + self.forget_weight * self.forget(input[forget], target.label[forget])
+            logits, label = input[forget], target.label[forget]
+            if getattr(self.forget, "uses_teacher", False):
+                term = self.forget(logits, label, _teacher(target)[forget])
+            else:
+                term = self.forget(logits, label)
+            loss = loss + self.forget_weight * term
         if not loss.requires_grad and input.requires_grad:
             loss = loss + 0.0 * input.sum()  # nothing to learn from this batch; backward still runs
         return loss
+
+
+def _teacher(target: Target) -> Tensor:
+    if target.teacher is None:
+        raise ValueError("the loss needs the teacher's logits, but the target holds none; give PrepareUnlearning one.")
+    return target.teacher

@@ -23,10 +23,22 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
+from .audit.scores import Inferer
 from .bundle import Stop, on_stack, plain_errors, stop
 from .checkpoint import read_weights, weights_digest, write_json, write_text
 from .data import MemoryDataset
-from .datasets import inspect_items, is_phantom, known_pairs, load_splits, make_isic_phantom
+from .datasets import (
+    inspect_items,
+    is_phantom,
+    isic_datalist,
+    known_pairs,
+    load_splits,
+    make_isic_phantom,
+    read_pair,
+    settle_duplicates,
+)
+from .datasets.lists import FolderDatalist
+from .datasets.reading import Reader
 from .engines import forward_flops, training_flops
 from .request import RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
 
@@ -128,10 +140,12 @@ def normalise_arguments() -> None:
     if workflow is None:
         raise RuntimeError("normalise_arguments works inside a bundle's initialize only.")
     try:
-        for key, (default, *_) in _shipped_config(Path(workflow.config_root_path)).items():
+        for key, (default, *others) in _shipped_config(Path(workflow.config_root_path)).items():
             value = workflow.parser.get(key, default)
             if key in TRACKING_KEYS or type(default) not in (bool, int, float):
                 continue
+            if isinstance(value, str) and _text(value) in map(_text, others):
+                continue  # an overlay's own expression
             if type(value) is not type(default):
                 workflow.parser[key] = _typed(key, value, type(default))
     except RequestError as error:
@@ -187,7 +201,11 @@ def prepare(
     quick: bool = False,
     default_fold: int = 4,
     phantom: Callable[..., str] = make_isic_phantom,
+    phantom_size: tuple[int, int] = (240, 60),
     class_key: str = "diagnosis",
+    folder_datalist: FolderDatalist = isic_datalist,
+    read: Reader = read_pair,
+    duplicates: str | None = None,
 ) -> Prepared:
     """Find the data (or draw the phantom), read every file once, and resolve the request.
 
@@ -209,7 +227,12 @@ def prepare(
         quick: draw the small phantom.
         default_fold: see ``holdout_fold``.
         phantom: draws the phantom: ``phantom(folder, number=...)``.
+        phantom_size: pictures of the phantom and of the quick one.
         class_key: metadata column of the class.
+        folder_datalist: makes the data list of a folder, see :mod:`monai_unlearn.datasets`.
+        read: reads and checks one item.
+        duplicates: for classification what becomes of pictures that stand there twice, see
+            :func:`monai_unlearn.datasets.settle_duplicates`; None does not look.
 
     Raises:
         RequestError, DataError: with the file, key or id and the remedy. Within a bundle run they end it with exit
@@ -225,16 +248,21 @@ def prepare(
             temporary = tempfile.mkdtemp(prefix="monai_unlearn_")
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             folder = Path(temporary) / name
-        dataset_dir = phantom(folder, number=60 if quick else 240)
+        dataset_dir = phantom(folder, number=phantom_size[bool(quick)])
     is_drawn = bool(dataset_dir) and is_phantom(str(dataset_dir))
     fold = default_fold if original_model is None else None
-    training, holdout = load_splits(dataset_dir, datalist, holdout_fold, default_fold=fold)
+    training, holdout = load_splits(dataset_dir, datalist, holdout_fold, fold, folder_datalist)
+    if duplicates is not None:
+        training, holdout = settle_duplicates(training, holdout, duplicates)
     request = make_request(forget_request, forget_ids, forget_fraction, job, seed, 0.15 if is_drawn else None)
     known = known_pairs(dataset_dir)
     resolve(request, training, holdout, class_key)  # refuses what needs no file to be read
-    read = inspect_items([*training, *holdout], progress=True)
-    resolution = resolve(request, read[: len(training)], read[len(training) :], class_key, known)
-    empty = sum(item["empty"] for item in read)
+    inspected = inspect_items([*training, *holdout], progress=True, read=read)
+    training, holdout = inspected[: len(training)], inspected[len(training) :]
+    if duplicates is not None:  # by their bytes too, now that they are known
+        training, holdout = settle_duplicates(training, holdout, duplicates)
+    resolution = resolve(request, training, holdout, class_key, known)
+    empty = sum(item["empty"] for item in inspected)
     if empty:
         resolution.warnings.append(f"{empty} masks are empty; a prediction that is empty too scores 1 there.")
     source = Path(dataset_dir or str(datalist)).resolve()
@@ -311,20 +339,22 @@ def record_request(prepared: Prepared, output_dir: str | Path) -> None:
 def print_plan(
     prepared: Prepared,
     network: nn.Module,
-    transform: Callable[[Any], Any],
+    dataset: MemoryDataset,
     epochs: Mapping[str, int],
     images: Mapping[str, float],
     device: str | torch.device = "cpu",
+    inferer: Inferer | None = None,
 ) -> None:
     """Print who would be forgotten, what looks wrong and what it would cost; write nothing.
 
     Args:
         prepared: data and request.
         network: the plain network, to count and time one step with.
-        transform: deterministic preprocessing.
+        dataset: of the trainer; its first sample is counted.
         epochs: of each phase by name.
         images: training samples an epoch of each phase shows.
         device: where the run would compute.
+        inferer: of the audit, where it is not the network alone.
     """
     resolution = prepared.resolution
     splits = resolution.splits
@@ -340,8 +370,10 @@ def print_plan(
     print("would be forgotten: " + ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else ""))
     for warning in resolution.warnings or ["nothing that looks wrong"]:
         print(f"look at: {warning}")
-    sample = MemoryDataset(splits["forget"], transform)[0]["image"].to(device)
-    forward, step = forward_flops(network, sample), training_flops(network, sample)
+    first = dataset[0]  # a list where the dataset gives patches
+    sample = (first[0] if isinstance(first, list) else first)["image"].to(device)
+    whole = MemoryDataset(splits["forget"], dataset.transform)[0]["image"].to(device)
+    forward, step = forward_flops(network, whole, inferer), training_flops(network, sample)
     batch = sample.expand(8, *sample.shape)
     for _ in range(2):  # the second counts
         start = time.perf_counter()

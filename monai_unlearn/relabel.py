@@ -59,7 +59,7 @@ def random_labels(items: Sequence[Mapping[str, Any]], num_classes: int, class_ke
         seed: fixes the draw.
 
     Returns:
-        The classes, for :func:`to_random_label` or as one-hot ``forget_label``.
+        The classes.
 
     Raises:
         ValueError: with fewer than two classes, or a class out of range.
@@ -74,6 +74,21 @@ def random_labels(items: Sequence[Mapping[str, Any]], num_classes: int, class_ke
         shift = torch.randint(1, num_classes, (), generator=_generator(seed, item)).item()
         wrong.append((own + int(shift)) % num_classes)
     return wrong
+
+
+def to_random_class(items: Sequence[Mapping[str, Any]], num_classes: int, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Each forget item with a wrong class for its label, drawn once; see :func:`random_labels`.
+
+    Args:
+        items: the forget items, whose ``label`` is a class number.
+        num_classes: C.
+        seed: fixes the draw.
+
+    Returns:
+        The relabelled item of each item's id, for the ``relabel`` of :func:`monai_unlearn.unlearning_targets`.
+    """
+    wrong = random_labels(items, num_classes, "label", seed)
+    return {item_id(item): {**item, "label": label} for item, label in zip(items, wrong)}
 
 
 def to_random_label(
@@ -110,31 +125,64 @@ def _generator(seed: int, item: Mapping[str, Any]) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+class without_class:
+    """What a network says when it may not name some classes: their logits are masked out, the others share the rest.
+
+    The target of DELETE (decoupled distillation, arXiv 2503.23751) with the original as ``network``: each forget sample
+    keeps what the original knew about the other classes.
+
+    Args:
+        network: the frozen original, gives logits ``(B, C)`` or ``(B, C, *spatial)``; used in eval mode.
+        classes: the classes to leave out, in [0, C).
+
+    Raises:
+        ValueError: in use, when no class is left or one is out of range.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
+        self.network, self.classes = network.eval(), [int(one) for one in classes]
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, label: Tensor) -> Tensor:
+        logits = self.network(image)
+        number = logits.shape[1]
+        if not set(self.classes) < set(range(number)):
+            raise ValueError(f"classes to leave out must be some, not all, of 0 to {number - 1}; got {self.classes}.")
+        logits[:, self.classes] = -torch.inf
+        return logits.softmax(1).to(label)
+
+
 class to_reference:
     """What models that never saw the sample say about it: the mean of their probabilities.
 
     Args:
         references: frozen networks that give logits ``(B, C, *spatial)`` or ``(B, C)``; used in eval mode.
         temperature: divides the logits; above 1 softens.
+        inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
 
     Raises:
         ValueError: without a reference, or with a temperature that is not positive.
     """
 
-    def __init__(self, references: nn.Module | Sequence[nn.Module], temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        references: nn.Module | Sequence[nn.Module],
+        temperature: float = 1.0,
+        inferer: Callable[[Tensor, nn.Module], Tensor] | None = None,
+    ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
             raise ValueError("to_reference needs at least one reference network.")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        self.temperature = temperature
+        self.temperature, self.inferer = temperature, inferer
         for reference in self.references:
             reference.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
-        logits = [reference(image) / self.temperature for reference in self.references]
-        return torch.stack([probabilities(one) for one in logits]).mean(0).to(label)
+        outputs = [one(image) if self.inferer is None else self.inferer(image, one) for one in self.references]
+        return torch.stack([probabilities(one / self.temperature) for one in outputs]).mean(0).to(label)
 
 
 def probabilities(logits: Tensor) -> Tensor:

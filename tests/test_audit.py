@@ -19,23 +19,28 @@ from monai_unlearn.audit import (
     audit,
     bootstrap_auc,
     bootstrap_mean,
+    cl_dice,
     clopper_pearson,
     completeness,
     expected_unseen,
+    f1_scores,
+    linear_probe,
     membership_table,
     negative_control,
+    penultimate_features,
     rank_test,
     reference_parts,
     regression_reference,
     score_cases,
+    suppressed_class,
     tpr_at_fpr,
     write_report,
 )
 from monai_unlearn.audit.page import render
-from monai_unlearn.audit.report import cost_table, judge_verdict, plain
-from monai_unlearn.audit.scores import case_scores, hard_masks
+from monai_unlearn.audit.report import cost_table, judge_suppression, judge_verdict, plain
+from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
-from monai_unlearn.request import DeletionRequest, Resolution
+from monai_unlearn.request import DeletionRequest, Resolution, resolve
 
 RNG = np.random.default_rng(0)
 
@@ -149,7 +154,7 @@ def test_scoring_leaves_the_network_as_it_was_and_does_not_depend_on_the_batch()
         np.testing.assert_allclose(one[name], other[name], atol=1e-5)
     assert network.training and all(module.training for module in network.modules())
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
-    assert len(score_cases(network, type(dataset())([], draw))["iou"]) == 0
+    assert score_cases(network, type(dataset())([], draw)) == {}
 
 
 def test_the_evaluator_of_splits_takes_a_fixed_sample():
@@ -387,3 +392,173 @@ def test_the_judge_must_not_be_the_teacher():
         audit(None, {"reference": network}, network, draw)
     with pytest.raises(ValueError, match="needs the unlearned model"):
         audit(None, {"original": network}, small_unet(), draw)
+
+
+# classification -------------------------------------------------------------------------------------------------------
+
+
+def test_class_scores_have_their_closed_form():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    label = torch.eye(3)[[0, 1]]
+    rows = case_scores(logits, label)
+    assert rows["accuracy"].tolist() == [1, 0] and rows["predicted"].tolist() == [0, 2]
+    p = logits.softmax(1)[[0, 1], [0, 1]]
+    torch.testing.assert_close(rows["loss"], -p.log())
+    torch.testing.assert_close(rows["margin"], torch.log(p / (1 - p)))
+    torch.testing.assert_close(case_scores(logits[1:], label[1:])["margin"], rows["margin"][1:])
+
+
+def test_f1_agrees_with_scikit_learn_and_counts_weights_as_repeats():
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 4, 60), rng.integers(0, 4, 60)
+    np.testing.assert_allclose(f1_scores(true, predicted, 4), f1_score(true, predicted, average=None))
+    weights = rng.integers(0, 3, (5, 60))
+    for row, drawn in zip(weights, f1_scores(true, predicted, 4, weights)):
+        repeated = np.repeat(np.arange(60), row)
+        np.testing.assert_allclose(drawn, f1_score(true[repeated], predicted[repeated], average=None))
+    assert np.isnan(f1_scores(true, predicted, 5)[4])
+    rows = {"true": true, "predicted": predicted, "accuracy": (true == predicted) * 1.0, "loss": np.ones(60)}
+    found = summary(rows, ["a", "b", "c", "d"])
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
+
+
+def test_centreline_dice_has_its_closed_forms():
+    bar = np.zeros((20, 40), bool)
+    bar[8:11, 5:35] = True
+    assert cl_dice(bar, bar) == 1
+    assert cl_dice(np.zeros_like(bar), np.zeros_like(bar)) == 1 and cl_dice(bar, np.zeros_like(bar)) == 0
+    thick = np.zeros_like(bar)
+    thick[6:13, 3:37] = True  # thicker, the same line: overlap falls, the centreline does not
+    assert cl_dice(thick, bar) == pytest.approx(1, abs=0.06)
+    line = np.zeros_like(bar)
+    line[9, 5:35] = True  # one pixel wide: its own skeleton
+    half = line & (np.arange(40) < 20)
+    assert cl_dice(half, line) == pytest.approx(2 * 1 * 0.5 / 1.5)  # precision 1, sensitivity one half
+
+
+def test_masks_are_compared_inside_the_region_only():
+    logits, label = torch.full((1, 1, 4, 4), -5.0), torch.zeros(1, 1, 4, 4)
+    logits[..., :2, :], label[..., :1, :] = 5.0, 1.0
+    region = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    region[..., :1, :] = True
+    assert case_scores(logits, label, region)["dice"] == 1 and case_scores(logits, label)["dice"] == pytest.approx(
+        2 / 3
+    )
+    expected = nn.functional.softplus(torch.tensor(-5.0))
+    torch.testing.assert_close(case_scores(logits, label, region)["loss"][0], expected)
+    torch.testing.assert_close(case_scores(logits, label)["confidence"][0], torch.sigmoid(torch.tensor(5.0)))
+
+
+def test_further_metrics_see_the_hard_masks():
+    logits, label = torch.randn(3, 1, 6, 6), (torch.rand(3, 1, 6, 6) > 0.5).float()
+    rows = case_scores(logits, label, metrics={"area": lambda mask, truth: mask.mean() - truth.mean()})
+    torch.testing.assert_close(
+        rows["area"].float(), ((logits > 0).float() - label).flatten(1).mean(1), check_dtype=False
+    )
+
+
+KINDS = ("a", "b", "c")
+
+
+def picture(item):
+    """Classes 0 to 2 as brightness with noise fixed by the number."""
+    noise = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(int(item["image"])))
+    return {"image": 0.3 * item["label"] + 0.2 * noise, "label": torch.eye(3)[item["label"]]}
+
+
+class Brightness(nn.Module):
+    """Names a picture by its mean brightness; ``ResNet`` in name, so that its head is known."""
+
+    def __init__(self, blind=None):
+        super().__init__()
+        self.fc = nn.Linear(1, 3)
+        centre = torch.tensor([0.1, 0.4, 0.7])
+        with torch.no_grad():
+            self.fc.weight.copy_(2 * 60 * centre[:, None])
+            self.fc.bias.copy_(-60 * centre**2)
+            if blind is not None:
+                self.fc.bias[blind] = -1e4
+
+    def forward(self, x):
+        return self.fc(x.mean((1, 2, 3))[:, None])
+
+
+Brightness.__name__ = "ResNet"
+
+
+def suppression_of(unlearned, retrained):
+    numbers = iter(range(1000))
+    items = [{"image": str(next(numbers)), "label": n % 3, "diagnosis": KINDS[n % 3]} for n in range(30)]
+    holdout = [{"image": str(next(numbers)), "label": n % 3, "diagnosis": KINDS[n % 3]} for n in range(45)]
+    request = DeletionRequest({"class": "c"}, job="suppression")
+    resolution = resolve(request, items, holdout)
+    networks = {"original": Brightness(), "unlearned": unlearned, "retrained": retrained}
+    return audit(resolution, networks, None, picture, classes=KINDS)
+
+
+def test_a_class_hidden_in_the_head_alone_is_found_by_the_probe(tmp_path):
+    class Deaf(Brightness):
+        def forward(self, x):  # never learned what makes the class bright
+            return self.fc(x.mean((1, 2, 3))[:, None].clamp_max(0.35))
+
+    Deaf.__name__ = "ResNet"
+    hidden = suppression_of(Brightness(blind=2), Deaf(blind=2))
+    found = hidden["suppression"]
+    assert found["f1_unseen"]["original"] == 1 and found["f1_unseen"]["unlearned"] == 0
+    assert found["linear_probe"]["unlearned"] == 1.0
+    assert hidden["relearn"]["original"][0]["f1"] == 1 and hidden["relearn"]["unlearned"][0]["f1"] == 0
+    assert found["macro_f1_others"]["unlearned"] == 1
+    assert hidden["verdict"] == "FAIL" and "head only" in hidden["reasons"][0]
+    assert hidden["expected_unseen"] == 0 and hidden["membership"] == {}
+    text = Path(write_report(hidden, tmp_path)).read_text()
+    assert "Is c gone?" in text and "F1 of each class" in text
+    still = suppression_of(Brightness(), Brightness(blind=2))
+    assert still["verdict"] == "FAIL" and "still found" in still["reasons"][0]
+
+
+def suppression_verdict(f1=0.0, others=0.7, change=(-0.01, 0.01), probe=(0.95, 0.7, 0.68)):
+    names = ("original", "unlearned", "retrained")
+    return judge_suppression(
+        {"class": "c", "f1_unseen": {"original": 0.8, "unlearned": f1}, "macro_f1_others_change_ci": change,
+         "macro_f1_others": {"original": 0.7, "unlearned": others}, "linear_probe": dict(zip(names, probe))}, 0.02
+    )  # fmt: skip
+
+
+def test_a_suppressed_class_is_judged_by_its_unseen_members_the_others_and_the_probe():
+    assert suppression_verdict()[0] == "NOT REFUTED"
+    assert suppression_verdict(f1=0.2)[0] == "FAIL"
+    assert suppression_verdict(others=0.6, change=(-0.15, -0.05))[0] == "FAIL"
+    assert "head only" in suppression_verdict(probe=(0.95, 0.9, 0.7))[1][0]
+    assert "cannot tell" in suppression_verdict(probe=(0.95, 0.94, 0.9))[1][0]
+    assert suppression_verdict(probe=(0.95, 0.9))[0] == "INCONCLUSIVE"
+
+
+def test_only_a_class_of_the_model_can_be_suppressed():
+    items = [{"image": str(n), "label": n % 3, "diagnosis": KINDS[n % 3]} for n in range(9)]
+    resolution = resolve(DeletionRequest({"class": "c"}, job="suppression"), items, [])
+    assert suppressed_class(resolution, KINDS) == 2 and suppressed_class(resolution, ()) is None
+    with pytest.raises(ValueError, match="no class 'c'"):
+        suppressed_class(resolution, ("a", "b"))
+    deletion = resolve(DeletionRequest({"ids": ["1"]}), items, [])
+    assert suppressed_class(deletion, KINDS) is None
+    with pytest.raises(ValueError, match="needs a judge"):
+        audit(resolve(DeletionRequest({"ids": ["1"]}), items, [{"image": "99", "label": 0}]),
+              {"original": Brightness(), "unlearned": Brightness()}, None, picture, classes=KINDS)  # fmt: skip
+
+
+def test_the_probe_needs_members_in_every_fold_and_keeps_groups_whole():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 4))
+    is_class = np.arange(60) % 3 == 0
+    features[is_class] += 4
+    groups = [str(n) for n in range(60)]
+    assert linear_probe(features, is_class, groups) == 1.0
+    assert (
+        abs(linear_probe(rng.normal(size=(300, 4)), np.arange(300) % 3 == 0, [str(n) for n in range(300)]) - 0.5) < 0.15
+    )
+    assert linear_probe(features, np.arange(60) < 3, groups) is None
+    with pytest.raises(ValueError, match="has 0 heads"):
+        penultimate_features(type("DenseNet", (nn.Module,), {})(), None)

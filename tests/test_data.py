@@ -5,9 +5,19 @@ from collections import Counter
 import pytest
 import torch
 from monai.data import DataLoader
+from monai.transforms import RandSpatialCropSamplesd
 from torch import nn
 
-from monai_unlearn.data import ORDERS, CheckMaskd, ForgetRetainSampler, MarkForgetd, MemoryDataset, cache_outputs
+from monai_unlearn.data import (
+    ORDERS,
+    CheckMaskd,
+    FieldOfViewd,
+    ForgetRetainSampler,
+    MarkForgetd,
+    MemoryDataset,
+    OneHotd,
+    cache_outputs,
+)
 from monai_unlearn.datasets import DataError
 
 FLAGS = [i % 5 == 0 for i in range(20)]  # 4 to forget, 16 to keep
@@ -176,3 +186,39 @@ def test_cached_outputs_equal_the_networks_own_and_leave_it_alone():
     for i, item in enumerate(ITEMS):
         expected = network(dataset[i]["image"][None])[0].sigmoid()
         torch.testing.assert_close(outputs[(item["image"], "m")], expected, rtol=0, atol=1e-6)
+
+
+def test_patches_show_the_same_place_of_image_label_and_targets():
+    def grid(item):
+        place = torch.arange(100.0).view(1, 10, 10)
+        return {"image": place, "label": place + 1}
+
+    items = [{"image": str(n), "label": "m", "forget": n == 0} for n in range(3)]
+    crop = RandSpatialCropSamplesd(
+        keys=["image", "label", "teacher", "other"], roi_size=(4, 4), num_samples=5, random_size=False,
+        allow_missing_keys=True,
+    )  # fmt: skip
+    teacher = {(str(n), "m"): torch.arange(100.0).view(1, 10, 10) + 2 for n in range(3)}
+    data = MemoryDataset(items, grid, extra=["forget"], targets={"teacher": teacher}, random_transform=crop)
+    batch = next(iter(DataLoader(data, batch_size=3, num_workers=0)))
+    assert batch["image"].shape == (15, 1, 4, 4) and type(batch["image"]) is torch.Tensor
+    assert torch.equal(batch["label"], batch["image"] + 1) and torch.equal(batch["teacher"], batch["image"] + 2)
+    assert batch["forget"].tolist() == [True] * 5 + [False] * 10
+    assert len({tuple(patch.flatten().tolist()) for patch in batch["image"]}) > 1
+    one, other = (torch.stack([p["image"] for p in data.set_random_state(7)[1]]) for _ in range(2))
+    assert torch.equal(one, other)
+    assert MemoryDataset(items, grid).set_random_state(1)[0]["image"].shape == (1, 10, 10)
+
+
+def test_a_class_becomes_probabilities():
+    assert OneHotd(number=3)({"label": 1})["label"].tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"does not lie in \[0, 3\)"):
+        OneHotd(number=3)({"label": 3})
+
+
+def test_the_field_of_view_becomes_an_item():
+    image = torch.zeros(3, 20, 24)
+    image[:, 4:16, 5:19] = 0.5
+    region = FieldOfViewd()({"image": image})["region"]
+    assert region.shape == (1, 20, 24) and region.dtype == torch.bool
+    assert region[0, 5:15, 6:18].all() and not region[0, 0].any()

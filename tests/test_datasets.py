@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +13,23 @@ from monai_unlearn.datasets import (
     DataError,
     as_mask,
     as_rgb,
+    chase_datalist,
     check_mask,
+    field_of_view,
     inspect_items,
     is_phantom,
+    isic_classification_datalist,
     isic_datalist,
     known_pairs,
     load_splits,
+    make_chase_phantom,
+    make_isic_classification_phantom,
     make_isic_phantom,
     perceptual_hash,
     read_datalist,
     read_pair,
+    read_photograph,
+    settle_duplicates,
 )
 from monai_unlearn.request import RequestError
 
@@ -93,7 +101,7 @@ def test_photographs_become_rgb(mode, tmp_path):
 def test_sixteen_bit_photographs_and_bombs_are_refused(monkeypatch):
     with pytest.raises(DataError, match="more than 8 bits"):
         as_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))
-    monkeypatch.setattr("monai_unlearn.datasets.MAX_PIXELS", 10)
+    monkeypatch.setattr("monai_unlearn.datasets.reading.MAX_PIXELS", 10)
     with pytest.raises(DataError, match="16 x 12 pixels"):
         as_rgb(Image.fromarray(MASK))
     with pytest.raises(DataError, match="16 x 12 pixels"):
@@ -335,3 +343,157 @@ def test_the_real_masks_are_plausible(real_data):
     training, holdout = load_splits(real_data / "isic2018_seg", default_fold=4)
     assert (len(training), len(holdout)) == (763, 190)
     assert len(known_pairs(real_data / "isic2018_seg")) == 29
+
+
+# classification and fundus data ---------------------------------------------------------------------------------------
+
+KINDS = ("melanoma", "nevus")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two classes in the published layout, with what the published folders suffer from."""
+    rng = np.random.default_rng(0)
+
+    def put(section, kind, name, content=None):
+        folder = tmp_path / section / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = rng.integers(0, 255, (8, 8, 3), np.uint8) if content is None else content
+        Image.fromarray(picture).save(folder / f"{name}.png")
+        return picture
+
+    for number in range(4):
+        put("Train", KINDS[number % 2], f"ISIC_{number}")
+    put("Test", "nevus", "ISIC_8")
+    put("Test", "melanoma", "ISIC_9")
+    return tmp_path, put
+
+
+def test_class_folders_become_a_data_list(folders):
+    root, _ = folders
+    (root / "metadata.csv").write_text("image_id,diagnosis,lesion_id\nISIC_0,wrong,L7\n")
+    found = isic_classification_datalist(root, KINDS)
+    assert [(i["image_id"], i["label"]) for i in found["training"]] == [
+        ("ISIC_0", 0), ("ISIC_2", 0), ("ISIC_1", 1), ("ISIC_3", 1)]  # fmt: skip
+    assert [i["diagnosis"] for i in found["test"]] == ["melanoma", "nevus"]
+    assert found["training"][0]["lesion_id"] == "L7" and len(found["test"]) == 2
+    with pytest.raises(DataError, match="holds nevus, which are no classes"):
+        isic_classification_datalist(root, ["melanoma"])
+    with pytest.raises(DataError, match="no folder Train"):
+        isic_classification_datalist(root / "Train", KINDS)
+
+
+def test_contradictory_and_double_pictures_are_found_and_named(folders):
+    root, put = folders
+    both = put("Train", "melanoma", "ISIC_5")
+    put("Train", "nevus", "ISIC_5", both)  # one id in two class folders
+    put("Test", "nevus", "ISIC_1 (1)")  # a second copy, on the other side
+    same = put("Train", "nevus", "ISIC_6")
+    put("Test", "melanoma", "ISIC_7", same)  # the same bytes under another id and class
+    found = isic_classification_datalist(root, KINDS)
+    with pytest.raises(DataError) as error:
+        settle_duplicates(found["training"], found["test"])
+    assert "ISIC_5 (melanoma) = ISIC_5 (nevus)" in str(error.value) and "ISIC_1 (nevus)" in str(error.value)
+    assert "1 pictures stand there with contradictory classes" in str(error.value)
+    training, holdout = settle_duplicates(found["training"], found["test"], "drop")
+    read = inspect_items([*training, *holdout], read=read_photograph)
+    with pytest.raises(DataError, match=r"ISIC_6 \(nevus\) = ISIC_7 \(melanoma\)"):
+        settle_duplicates(read[: len(training)], read[len(training) :])
+    training, holdout = settle_duplicates(read[: len(training)], read[len(training) :], "drop")
+    assert [i["image_id"] for i in training] == ["ISIC_0", "ISIC_2", "ISIC_1", "ISIC_3"]
+    assert sorted(i["image_id"] for i in holdout) == ["ISIC_8", "ISIC_9"]
+    assert settle_duplicates(training, holdout) == (training, holdout)
+    with pytest.raises(RequestError, match="refuse or drop"):
+        settle_duplicates(training, holdout, "ignore")
+
+
+def test_eyes_of_one_child_stand_together_and_on_one_side(tmp_path):
+    root = make_chase_phantom(tmp_path / "chase", number=16, size=60)
+    found = chase_datalist(root)
+    assert [i["image_id"] for i in found["validation"]] == [f"{n}{e}" for n in (11, 12, 13, 14) for e in "LR"]
+    assert [i["patient_id"] for i in found["training"]] == [f"{n:02d}" for n in (1, 2, 3, 4) for _ in "LR"]
+    both = chase_datalist(root, "both")["training"][0]["label"]
+    assert [Path(p).name for p in both] == ["Image_01L_1stHO.png", "Image_01L_2ndHO.png"]
+    image, mask = read_pair(chase_datalist(root, 2)["training"][0])
+    assert image.shape == (60, 62, 3) and mask.any()
+    (Path(root) / "Image_02R_2ndHO.png").unlink()
+    with pytest.raises(DataError, match="Image_02R_2ndHO.png is missing"):
+        chase_datalist(root, 2)
+    with pytest.raises(RequestError, match="observer must be 1, 2 or both"):
+        chase_datalist(root, 3)
+    with pytest.raises(DataError, match="Image_01L.jpg"):
+        chase_datalist(tmp_path)
+
+
+@pytest.mark.parametrize("make", [make_chase_phantom, make_isic_classification_phantom])
+def test_every_phantom_is_the_same_again_and_overwrites_nothing_else(make, tmp_path):
+    one, other = (Path(make(tmp_path / name, number=18, size=40)) for name in "ab")
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert len(files) > 18 and all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
+    before = (one / "phantom.json").stat().st_mtime_ns
+    make(one, number=18, size=40)
+    assert (one / "phantom.json").stat().st_mtime_ns == before
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="is no phantom"):
+        make(tmp_path / "mine", number=18, size=40)
+
+
+def test_the_phantom_of_classes_has_all_of_them_on_both_sides_and_whole_patients(tmp_path):
+    root = make_isic_classification_phantom(tmp_path / "p", number=54, size=32)
+    kinds = sorted(path.name for path in (Path(root) / "Train").iterdir())
+    found = isic_classification_datalist(root, kinds)
+    assert len(kinds) == 9 and {i["label"] for i in found["test"]} == set(range(9))
+    assert not {i["patient_id"] for i in found["training"]} & {i["patient_id"] for i in found["test"]}
+
+
+def test_the_field_of_view_is_the_bright_disc_without_holes():
+    y, x = np.mgrid[0:96, 0:100]
+    disc = np.hypot(y - 48, x - 50) < 40
+    image = np.where(disc, 120, 0)[..., None].repeat(3, 2).astype(np.uint8)
+    image[40:50, 45:55] = 0  # a dark spot inside
+    image[2:4, 2:4] = 200  # a label in the corner
+    found = field_of_view(image)
+    assert found[disc].all() and (found & ~disc).mean() < 0.03 and not found[2, 2]
+    assert (field_of_view(image / 255) == found).all()
+    assert not field_of_view(np.zeros((8, 8, 3))).any()
+
+
+def test_the_field_of_view_covers_the_vessels_of_every_fundus(real_data):
+    root = real_data / "chase_db1"
+    items = [item for section in chase_datalist(root).values() for item in section]
+    assert len(items) == 28
+    for item in items:
+        with Image.open(item["image"]) as file:
+            image = np.asarray(file)
+        found = field_of_view(image)
+        assert 0.6 < found.mean() < 0.75
+        for observer in ("1stHO", "2ndHO"):
+            with Image.open(Path(item["label"].replace("1stHO", observer))) as file:
+                vessels = np.asarray(file)
+            outside = vessels & ~found
+            if (item["image_id"], observer) == ("01R", "2ndHO"):  # drawn on beyond the photograph, where it is black
+                assert 0.001 < outside.sum() / vessels.sum() < 0.006 and image[outside].max() < 10
+            else:
+                assert outside.sum() <= 0.001 * vessels.sum(), (item["image_id"], observer)
+
+
+def test_the_real_classes_have_no_contradictions(real_data):
+    root = real_data / "isic_cls"
+    kinds = sorted(path.name for path in (root / "Train").iterdir() if path.is_dir())
+    found = isic_classification_datalist(root, kinds)
+    assert (len(found["training"]), len(found["test"])) == (1437, 360)
+    assert settle_duplicates(found["training"], found["test"]) == (found["training"], found["test"])
+    assert all(i["group"] for i in found["training"])
+
+
+def test_a_published_conflict_put_back_into_the_folders_is_named(real_data, tmp_path):
+    source = real_data / "isic_cls" / "Train" / "nevus"
+    picture = sorted(source.glob("*.jpg"))[0]
+    for kind in ("nevus", "actinic keratosis"):
+        (tmp_path / "Train" / kind).mkdir(parents=True)
+        (tmp_path / "Train" / kind / picture.name).write_bytes(picture.read_bytes())
+    (tmp_path / "Test" / "nevus").mkdir(parents=True)
+    (tmp_path / "Test" / "nevus" / "other.jpg").write_bytes(sorted(source.glob("*.jpg"))[1].read_bytes())
+    found = isic_classification_datalist(tmp_path, ["actinic keratosis", "nevus"])
+    with pytest.raises(DataError, match=rf"{picture.stem} \(actinic keratosis\) = {picture.stem} \(nevus\)"):
+        settle_duplicates(found["training"], found["test"])

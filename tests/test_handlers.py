@@ -15,6 +15,7 @@ from monai_unlearn.checkpoint import weights_digest
 from monai_unlearn.data import ForgetRetainSampler
 from monai_unlearn.engines import run_phase
 from monai_unlearn.handlers import (
+    DriftCap,
     NotFiniteError,
     PhaseProgress,
     ReseedEachEpoch,
@@ -22,7 +23,7 @@ from monai_unlearn.handlers import (
     StopAtReference,
     TeacherGuard,
 )
-from monai_unlearn.lora import make_student
+from monai_unlearn.lora import drift, make_student
 from monai_unlearn.losses import UnlearningLoss
 
 
@@ -43,7 +44,8 @@ def run_scripted(forget, retain=None, loss=None, **kwargs):
     """Weights count the epochs, so that the kept ones can be told."""
     network = nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(0)
-    handler = StopAtReference(Scripted(forget, retain), 0.7, network, loss, **kwargs)
+    options = {"reference": 0.7, **kwargs}
+    handler = StopAtReference(Scripted(forget, retain), network=network, loss=loss, **options)
     engine = Engine(lambda engine, batch: None)
     engine.add_event_handler(Events.ITERATION_STARTED, lambda: network.weight.data.add_(1))
     handler.attach(engine)
@@ -232,3 +234,31 @@ def test_handlers_leave_the_result_as_it_is(tmp_path):
         plain_trainer(2, network, handlers).run()
         digests.append(weights_digest(network.state_dict()))
     assert digests[0] == digests[1]
+
+
+def test_without_a_reference_the_start_is_one_and_rebound_is_watched():
+    forget, retain = [0.50, 0.505, 0.51, 0.60], [0.90, 0.91, 0.92, 0.99]
+    kept, report = run_scripted(forget, retain, reference=None, resolution=0.02)
+    assert kept == 2 and report["reference"] == 0.50  # the third epoch retains most but its forget score came back
+
+
+def test_the_cap_on_the_drift_holds_after_every_step():
+    student = make_student(small_unet(), rank=2)
+    free = make_student(small_unet(), rank=2)
+    seen = []
+    watch = type("Watch", (), {"attach": lambda self, engine: engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(max(drift(student).values())))})()  # fmt: skip
+    unlearning_trainer(student, epochs=2, handlers=[DriftCap(student, 0.01), watch], lr=0.01).run()
+    unlearning_trainer(free, epochs=2, lr=0.01).run()
+    assert max(seen) <= 0.01 * (1 + 1e-5) and max(drift(free).values()) > 0.02
+    with pytest.raises(ValueError, match="must be positive"):
+        DriftCap(student, 0)
+
+
+def test_random_transforms_are_seeded_by_the_epoch():
+    data = SimpleNamespace(seeds=[], set_random_state=lambda seed: data.seeds.append(seed))
+    engine = Engine(lambda engine, batch: None)
+    ReseedEachEpoch(3).attach(engine)
+    loader = type("Loader", (list,), {"dataset": data})([0])
+    engine.run(loader, max_epochs=2)
+    assert len(set(data.seeds)) == 2

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from torch import nn
 
-from monai_unlearn.losses import DistillationLoss, Target, UnlearningLoss
+from monai_unlearn.losses import (
+    ContradictLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    MaximumEntropyLoss,
+    Target,
+    TeacherWeightedBackgroundLoss,
+    UnlearningLoss,
+)
+from monai_unlearn.relabel import to_uniform
 
 SHAPES = [(3, 1, 4, 5), (3, 4, 4, 5), (3, 2, 3, 3, 3), (3, 6)]
 
@@ -165,5 +174,78 @@ def test_a_loss_without_terms_or_without_its_teacher_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         UnlearningLoss()
     logits, target = batch([False])
-    with pytest.raises(ValueError, match="holds no teacher"):
+    with pytest.raises(ValueError, match="needs the teacher's logits"):
         UnlearningLoss(distill=DistillationLoss())(logits, target._replace(teacher=None))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 5), (3, 4, 4, 5), (3, 6)])
+def test_divergence_to_a_label_equals_torchs_own(shape):
+    logits = torch.randn(shape, dtype=torch.float64)
+    label = torch.rand(shape, dtype=torch.float64)
+    if shape[1] == 1:
+        two = torch.cat([logits, -logits], 1) / 2, torch.cat([label, 1 - label], 1)
+    else:
+        label = label / label.sum(1, keepdim=True)
+        two = logits, label
+    expected = F.kl_div(two[0].log_softmax(1), two[1], reduction="none").sum(1).mean()
+    torch.testing.assert_close(DivergenceLoss()(logits, label), expected)
+
+
+def test_divergence_to_uniform_has_its_closed_form_and_is_unbounded():
+    logits = torch.randn(4, 9, dtype=torch.float64)
+    uniform = to_uniform(None, torch.zeros_like(logits))
+    expected = -math.log(9) - logits.log_softmax(1).mean(1)
+    torch.testing.assert_close(DivergenceLoss()(logits, uniform), expected.mean())
+    assert DivergenceLoss()(1000 * F.one_hot(torch.tensor([0]), 9).double(), uniform[:1]) > 100
+
+
+def test_maximum_entropy_is_log_classes_minus_entropy_and_bounded():
+    logits = torch.randn(4, 9, dtype=torch.float64)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(MaximumEntropyLoss()(logits), (math.log(9) - entropy).mean())
+    one = torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    entropy = torch.distributions.Bernoulli(logits=one).entropy()
+    torch.testing.assert_close(MaximumEntropyLoss()(one), (math.log(2) - entropy).mean())
+    assert MaximumEntropyLoss()(1000 * torch.eye(9).double()) <= math.log(9) + 1e-9
+
+
+def test_weighted_background_has_its_closed_form():
+    logits, teacher = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    weights = torch.where(teacher.sigmoid() > 0.3, 5.0, 1.0)
+    ours = TeacherWeightedBackgroundLoss(boost=4, threshold=0.3)(logits, None, teacher)
+    torch.testing.assert_close(ours, (weights * F.softplus(logits)).mean())
+    plain = TeacherWeightedBackgroundLoss(boost=0)(logits, None, teacher)
+    torch.testing.assert_close(plain, F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)))
+    pair, two = torch.cat([torch.zeros_like(logits), logits], 1), torch.cat([torch.zeros_like(teacher), teacher], 1)
+    torch.testing.assert_close(TeacherWeightedBackgroundLoss()(pair, None, two), ours)  # softmax of (0, z)
+
+
+def test_contradiction_counts_only_where_the_teacher_is_confident():
+    teacher = torch.tensor([[[5.0, -5.0, 0.1]]])
+    logits = torch.tensor([[[1.0, 2.0, 3.0]]], requires_grad=True)
+    loss = ContradictLoss(0.9)(logits, None, teacher)
+    expected = (F.softplus(torch.tensor(1.0)) + F.softplus(torch.tensor(-2.0))) / 2  # towards 0 and towards 1
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert logits.grad[0, 0, 2] == 0 and logits.grad[0, 0, 0] > 0 > logits.grad[0, 0, 1]
+    assert ContradictLoss(0.9)(logits, None, torch.zeros_like(teacher)) == 0
+
+
+@pytest.mark.parametrize("forget", [TeacherWeightedBackgroundLoss(), ContradictLoss()])
+def test_a_forget_loss_may_read_the_teacher_of_the_samples_to_forget(forget):
+    logits, teacher = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4) * 4
+    target = Target(torch.zeros_like(logits), torch.tensor([True, False, True]), teacher)
+    expected = 2 * forget(logits[[0, 2]], None, teacher[[0, 2]])
+    torch.testing.assert_close(UnlearningLoss(forget=forget, forget_weight=2.0)(logits, target), expected)
+    with pytest.raises(ValueError, match="needs the teacher's logits"):
+        UnlearningLoss(forget=forget)(logits, target._replace(teacher=None))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: TeacherWeightedBackgroundLoss(boost=-1), lambda: TeacherWeightedBackgroundLoss(threshold=1.0),
+     lambda: ContradictLoss(0.4)],
+)  # fmt: skip
+def test_losses_refuse_constants_that_mean_nothing(make):
+    with pytest.raises(ValueError, match="must"):
+        make()

@@ -9,10 +9,13 @@ from monai_unlearn.relabel import (
     probabilities,
     random_labels,
     to_background,
+    to_random_class,
     to_random_label,
     to_reference,
     to_uniform,
+    without_class,
 )
+from monai_unlearn.request import item_id
 
 SHAPES = [(2, 1, 4, 4), (2, 3, 4, 4), (2, 4, 3, 3, 3), (2, 5)]
 
@@ -102,3 +105,33 @@ def test_probabilities_are_sigmoid_or_softmax():
     logits = torch.randn(2, 3, 4)
     torch.testing.assert_close(probabilities(logits), logits.softmax(1))
     torch.testing.assert_close(probabilities(logits[:, :1]), logits[:, :1].sigmoid())
+
+
+def test_without_a_class_the_others_share_its_probability():
+    logits = torch.randn(3, 5)
+    label = torch.zeros(3, 5)
+    found = without_class(nn.Identity(), [1, 4])(logits, label)
+    left = logits[:, [0, 2, 3]].softmax(1)
+    torch.testing.assert_close(found[:, [0, 2, 3]], left)
+    assert (found[:, [1, 4]] == 0).all()
+    for wrong in ([0, 1, 2, 3, 4], [7]):
+        with pytest.raises(ValueError, match="must be some, not all"):
+            without_class(nn.Identity(), wrong)(logits, label)
+
+
+def test_random_classes_come_as_relabelled_items():
+    items = [{"image": f"{n}.jpg", "label": n % 3} for n in range(30)]
+    found = to_random_class(items, 3, seed=1)
+    assert all(found[item_id(item)]["label"] != item["label"] for item in items)
+    assert found == to_random_class(items[::-1], 3, seed=1)
+
+
+def test_a_reference_may_look_through_a_window():
+    network = nn.Conv2d(3, 1, 3, padding=1)
+    image = torch.rand(1, 3, 10, 14)
+    seen = []
+    inferer = lambda inputs, net: (seen.append(net), net(inputs))[1]  # noqa: E731
+    torch.testing.assert_close(
+        to_reference(network, inferer=inferer)(image, image[:, :1]), to_reference(network)(image, image[:, :1])
+    )
+    assert seen == [network]

@@ -3,9 +3,10 @@
 """Did it work: scores, membership attacks, statistics, a verdict and a report."""
 
 from .membership import attack, membership_table, negative_control, rank_test
+from .probes import linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen, reference_parts, regression_reference
-from .report import audit, write_report
-from .scores import SCORES, SplitEvaluator, score_cases
+from .report import audit, suppressed_class, write_report
+from .scores import SCORES, SplitEvaluator, cl_dice, f1_scores, score_cases
 from .statistics import auc, bootstrap_auc, bootstrap_mean, clopper_pearson, tpr_at_fpr
 
 __all__ = [
@@ -16,15 +17,21 @@ __all__ = [
     "audit",
     "bootstrap_auc",
     "bootstrap_mean",
+    "cl_dice",
     "clopper_pearson",
     "completeness",
     "expected_unseen",
+    "f1_scores",
+    "linear_probe",
     "membership_table",
     "negative_control",
+    "penultimate_features",
     "rank_test",
     "reference_parts",
     "regression_reference",
+    "relearn_class",
     "score_cases",
+    "suppressed_class",
     "tpr_at_fpr",
     "write_report",
 ]

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from .scores import main_score
 from .statistics import auc, bootstrap_auc, clopper_pearson, group_means, tpr_at_fpr
 
-SIGNS = {"iou": 1.0, "loss": -1.0}  # higher = more like a training case
+# What an attack looks at, by task; higher = more like a training case. The first is the one that is judged.
+SIGNS = {"iou": {"iou": 1.0, "loss": -1.0}, "accuracy": {"margin": 1.0, "loss": -1.0}}
 
 
 def attack(members: np.ndarray, others: np.ndarray, seed: int = 0) -> dict[str, Any]:
@@ -55,21 +57,22 @@ def membership_table(
         seed: of the intervals.
 
     Returns:
-        model -> ``raw``, ``calibrated`` (IoU), ``raw_loss``, ``calibrated_loss`` (minus the cross-entropy) -> the
-        result of :func:`attack` with its ``score``; the defined one farthest from .5 has ``strongest`` true.
+        model -> ``raw``, ``calibrated`` (IoU; for classes the margin of the true one), ``raw_loss``,
+        ``calibrated_loss`` (minus the cross-entropy) -> the result of :func:`attack` with its ``score``; the defined
+        one farthest from .5 has ``strongest`` true.
     """
     table: dict[str, dict[str, Any]] = {}
     for model, splits in scores.items():
         rows: dict[str, Any] = {}
-        for score, sign in SIGNS.items():
-            suffix = "" if score == "iou" else f"_{score}"
+        for score, sign in SIGNS[main_score(splits["holdout"])].items():
+            suffix = "_loss" if score == "loss" else ""
             for kind in ("raw", "calibrated"):
                 sides = []
                 for split in ("forget", "holdout"):
                     values = sign * splits[split][score]
                     if kind == "calibrated":
                         values = values - sign * judge[split][score]
-                    sides.append(group_means(values, groups[split]) if len(values) else np.zeros(0))
+                    sides.append(group_means(values, groups[split]))
                 rows[kind + suffix] = {**attack(sides[0], sides[1], seed), "score": score}
         defined = [name for name in rows if rows[name]["auc"] is not None]
         strongest = max(defined, key=lambda name: abs(rows[name]["auc"] - 0.5), default=None)
@@ -103,6 +106,11 @@ def negative_control(values: np.ndarray, groups: Sequence[str], splits: int = 20
         values_found.append(auc(one, other))
     return {"splits": splits, "covering": int(covering), "mean_auc": float(np.mean(values_found)),
             "ok": bool(covering >= 0.85 * splits)}  # fmt: skip
+
+
+def attacked_score(rows: Mapping[str, Any]) -> str:
+    """The score of the attack that is judged."""
+    return next(iter(SIGNS[main_score(rows)]))
 
 
 def rank_test(patient: float, unseen: np.ndarray) -> dict[str, float]:

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..request import Item
+from .scores import main_score
+
+COVARIATES = {"iou": ("iou", "entropy", "area"), "accuracy": ("accuracy", "margin", "entropy")}
 
 
 def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> list[list[Item]]:
@@ -55,29 +58,32 @@ def regression_reference(
     reference_forget: Mapping[str, np.ndarray],
     reference_unseen: Mapping[str, np.ndarray],
     original_unseen: np.ndarray,
-    covariates: Sequence[str] = ("iou", "entropy", "area"),
+    covariates: Sequence[str] | None = None,
 ) -> float:
     """The expected-unseen score by regression: what the original scores on unseen cases, given what the reference says.
 
-    The original's scores on unseen cases are fitted by least squares on the reference's score and entropy and on the
-    area of the label; the fit is then read off on the forget cases. With the score alone and slope 1 this is
-    :func:`expected_unseen`; the fitted slope takes out the reference's own noise.
+    The original's scores on unseen cases are fitted by least squares on the reference's score and entropy (and, for
+    masks, on the area of the label; for classes on the margin); the fit is then read off on the forget cases. With the
+    score alone and slope 1 this is :func:`expected_unseen`; the fitted slope takes out the reference's own noise.
 
     Args:
         reference_forget: the reference's scores per forget case.
         reference_unseen: the same on the unseen cases.
         original_unseen: the original's score on the unseen cases.
-        covariates: names in both mappings.
+        covariates: names in both mappings, the first is the score itself; None takes IoU, entropy and area of masks,
+            and accuracy, margin and entropy of classes.
 
     Returns:
         The mean over the forget cases, within the range of the original's scores.
     """
 
+    covariates = covariates or COVARIATES[main_score(reference_unseen)]
+
     def design(rows: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.column_stack([*(rows[name] for name in covariates), np.ones(len(rows[covariates[0]]))])
 
     if len(original_unseen) < 5 * (len(covariates) + 1):
-        return expected_unseen(reference_forget["iou"], original_unseen, reference_unseen["iou"])
+        return expected_unseen(reference_forget[covariates[0]], original_unseen, reference_unseen[covariates[0]])
     weights, *_ = np.linalg.lstsq(design(reference_unseen), original_unseen, rcond=None)
     estimate = float((design(reference_forget) @ weights).mean())
     return float(np.clip(estimate, original_unseen.min(), original_unseen.max()))

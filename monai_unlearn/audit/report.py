@@ -8,7 +8,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,20 @@ from torch import nn
 from ..checkpoint import write_json, write_text
 from ..data import MemoryDataset
 from ..engines import forward_flops
+from ..relabel import probabilities
 from ..request import Resolution
-from .membership import membership_table, negative_control, rank_test
+from .membership import SIGNS, attacked_score, membership_table, negative_control, rank_test
 from .page import render
+from .probes import linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen
-from .scores import score_cases
+from .scores import Inferer, MaskMetrics, f1_scores, main_score, score_cases, summary
 from .statistics import bootstrap_mean, group_means
 
 SCHEMA = "monai_unlearn.report/1"
 REPORTED = ("original", "unlearned", "retrained", "reference")
+NAMES = {"iou": "IoU", "accuracy": "accuracy"}
+PROBE_LIMIT, SHOTS = 0.10, 5  # of a suppressed class: AUC beside the retrained model's, and examples to relearn from
 NOT_TESTED = [
-    "relearning curves and benign fine-tuning",
     "rounding of the weights (bf16, int8, int4)",
     "attacks with shadow models (LiRA, RULI)",
     "copies of the data outside this run: backups, archives, other models trained on it",
@@ -40,7 +43,7 @@ Scores = dict[str, dict[str, dict[str, np.ndarray]]]
 def audit(
     resolution: Resolution,
     networks: Mapping[str, nn.Module | None],
-    judge: nn.Module,
+    judge: nn.Module | None,
     transform: Callable[[Any], Any],
     store: dict[Any, Any] | None = None,
     device: str | torch.device = "cpu",
@@ -49,6 +52,9 @@ def audit(
     phases: Mapping[str, Mapping[str, Any]] | None = None,
     show_forget: bool = False,
     seed: int = 0,
+    inferer: Inferer | None = None,
+    metrics: MaskMetrics | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score every model on every split, attack the models, run both controls and reach a verdict.
 
@@ -56,7 +62,8 @@ def audit(
         resolution: who was forgotten.
         networks: ``original``, ``unlearned``, and where made ``reference`` (the teacher) and ``retrained``; None is
             left out.
-        judge: a reference that never saw forget set or holdout and taught nobody.
+        judge: a reference that never saw forget set or holdout and taught nobody; None for a suppressed class, which
+            is not judged by membership.
         transform: deterministic preprocessing.
         store: of decoded items, shared with the run.
         device: where to compute.
@@ -66,6 +73,9 @@ def audit(
             ``retrain``, ``cache``), for the cost and the stop rule.
         show_forget: draw forget cases too.
         seed: of intervals and control.
+        inferer: see :func:`monai_unlearn.audit.score_cases`.
+        metrics: further scores of masks, see :func:`monai_unlearn.audit.scores.case_scores`.
+        classes: their names in the order of the logits, for classification.
 
     Returns:
         The report; ``_figures`` holds what the page draws and is left out of the JSON.
@@ -74,31 +84,43 @@ def audit(
         ValueError: when judge and reference are the same network, or a model is missing.
     """
     models = {name: network for name, network in networks.items() if network is not None}
-    if judge is networks.get("reference"):
+    if judge is not None and judge is networks.get("reference"):
         raise ValueError("the judge must not be the reference that taught; give two different models.")
     for name in ("original", "unlearned"):
         if name not in models:
             raise ValueError(f"the audit needs the {name} model.")
     start, phases = time.perf_counter(), phases or {}
     splits = resolution.splits
-    datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items()}
+    datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items() if items}
+    if "holdout" not in datasets:
+        raise ValueError("the audit needs cases that no model was trained on; the holdout is empty.")
+    suppressed = suppressed_class(resolution, classes)
+    if judge is None and suppressed is None:
+        raise ValueError("the audit needs a judge: a reference that taught nobody.")
     scores: Scores = {
         name: {
-            split: score_cases(network, dataset, device, batch_size, desc=f"scoring {name}")
+            split: score_cases(network, dataset, device, batch_size, inferer, metrics, f"scoring {name}")
             for split, dataset in datasets.items()
         }
         for name, network in {**models, "judge": judge}.items()
+        if network is not None
     }
     groups = {name: [item["group"] for item in items] for name, items in splits.items()}
-    target = expected_unseen(
-        scores["judge"]["forget"]["iou"], scores["original"]["holdout"]["iou"], scores["judge"]["holdout"]["iou"]
-    )
-    attacked: Scores = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
-    membership = membership_table(attacked, scores["judge"], groups, seed)
-    controls = _controls(scores, membership, groups, seed)
-    verdict, reasons = judge_verdict(resolution, scores, groups, target, membership, controls, seed)
+    main = main_score(scores["original"]["holdout"])
+    suppression, membership, controls = None, {}, {}
+    if suppressed is not None:
+        target = 0.0  # what was never taught is never named
+        suppression = _suppression(models, scores, datasets, groups, suppressed, classes, device, seed)
+        verdict, reasons = judge_suppression(suppression, resolution.request.limits_in_force["utility"])
+    else:
+        of_judge, unseen = scores["judge"], scores["original"]["holdout"][main]
+        target = expected_unseen(of_judge["forget"][main], unseen, of_judge["holdout"][main])
+        attacked: Scores = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
+        membership = membership_table(attacked, of_judge, groups, seed)
+        controls = _controls(scores, membership, groups, seed)
+        verdict, reasons = judge_verdict(resolution, scores, groups, target, membership, controls, seed)
     images = sum(len(items) for name, items in splits.items() if "_" not in name) * len(scores)
-    flops = images * forward_flops(models["original"], datasets["forget"][0]["image"].to(device))
+    flops = images * forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer)
     spent = {"seconds": time.perf_counter() - start, "images": images / 3, "flops": flops}
     report = {
         "schema": SCHEMA,
@@ -109,22 +131,28 @@ def audit(
         "splits": {name: len(items) for name, items in splits.items()},
         "groups": {name: len(set(names)) for name, names in groups.items()},
         "scores": {
-            name: {split: _summary(rows, groups[split]) for split, rows in scores[name].items()}
+            name: {
+                split: {**summary(rows, classes), "ci": bootstrap_mean(rows[main], groups[split])}
+                for split, rows in scores[name].items()
+            }
             for name in (*REPORTED, "judge")
             if name in scores
         },
         "expected_unseen": target,
         "completeness": completeness(
-            scores["original"]["forget"]["iou"].mean(), scores["unlearned"]["forget"]["iou"].mean(), target
+            scores["original"]["forget"][main].mean(), scores["unlearned"]["forget"][main].mean(), target
         ),
         "membership": membership,
         "controls": controls,
-        "relearn": None,
+        "suppression": suppression,
+        "relearn": suppression and suppression.pop("relearn"),
         "stop": phases.get("unlearn", {}).get("reports", {}).get("stop_at_reference"),
+        "restoration": phases.get("restore", {}).get("reports", {}).get("stop_at_reference"),
+        "drift": phases.get("unlearn", {}).get("drift"),
         "cost": cost_table(phases, spent),
         "verdict": verdict,
         "reasons": reasons,
-        "not_tested": NOT_TESTED,
+        "not_tested": [*([] if suppression else ["relearning curves and benign fine-tuning"]), *NOT_TESTED],
         "environment": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("monai_unlearn", "monai", "torch", "peft", "numpy")},
@@ -136,7 +164,8 @@ def audit(
     report = plain(report)
     report["_figures"] = {
         "scores": scores,
-        "cases": _example_cases(models, datasets, scores, device, show_forget),
+        "cases": _example_cases(models, datasets, scores, device, show_forget, inferer),
+        "classes": list(classes),
     }
     return report
 
@@ -165,24 +194,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _summary(rows: Mapping[str, np.ndarray], groups: list[str]) -> dict[str, Any]:
-    number = len(groups)
-    if number == 0:
-        return {"mean_iou": None, "mean_dice": None, "loss": None, "n": 0, "ci": None}
-    return {
-        "mean_iou": rows["iou"].mean(),
-        "mean_dice": rows["dice"].mean(),
-        "loss": rows["loss"].mean(),
-        "n": number,
-        "n_empty": int((rows["area"] == 0).sum()),
-        "ci": bootstrap_mean(rows["iou"], groups),
-    }
-
-
 def _controls(
     scores: Scores, membership: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[str]], seed: int
 ) -> dict[str, Any]:
-    unseen = scores["unlearned"]["holdout"]["iou"] - scores["judge"]["holdout"]["iou"]
+    score = attacked_score(scores["unlearned"]["holdout"])
+    unseen = scores["unlearned"]["holdout"][score] - scores["judge"]["holdout"][score]
     positive = dict(membership["original"]["calibrated"])
     if positive["auc"] is None and len(groups["forget"]) > 0:  # one patient: the rank test stands in for the AUC
         positive["rank_test"] = _one_patient(scores, "original", groups)
@@ -193,7 +209,8 @@ def _controls(
 
 
 def _one_patient(scores: Scores, model: str, groups: Mapping[str, list[str]]) -> dict[str, float]:
-    sides = [scores[model][split]["iou"] - scores["judge"][split]["iou"] for split in ("forget", "holdout")]
+    score = attacked_score(scores["judge"]["holdout"])
+    sides = [scores[model][split][score] - scores["judge"][split][score] for split in ("forget", "holdout")]
     return rank_test(float(sides[0].mean()), group_means(sides[1], groups["holdout"]))
 
 
@@ -214,33 +231,37 @@ def judge_verdict(
     """
     limits, failed, unclear = resolution.request.limits_in_force, [], []
     u, o, j = scores["unlearned"], scores["original"], scores["judge"]
+    main = main_score(o["holdout"])
+    name = NAMES[main]
     reference = scores.get("retrained", o)
     against = "the retrained model" if "retrained" in scores else "the original"
 
-    loss = u["holdout"]["iou"] - reference["holdout"]["iou"]
+    loss = u["holdout"][main] - reference["holdout"][main]
     high = bootstrap_mean(loss, groups["holdout"], level=0.9)[1]
     if high < -limits["utility"]:
-        failed.append(f"unseen cases lost {-loss.mean():.3f} IoU against {against}, more than {limits['utility']}.")
+        failed.append(f"unseen cases lost {-loss.mean():.3f} {name} against {against}, more than {limits['utility']}.")
     if "retrained" in scores:
-        loss = u["retain"]["iou"] - reference["retain"]["iou"]
+        loss = u["retain"][main] - reference["retain"][main]
         if bootstrap_mean(loss, groups["retain"], level=0.9)[1] < -limits["retain"]:
             failed.append(
-                f"retained cases lost {-loss.mean():.3f} IoU against {against}, more than {limits['retain']}."
+                f"retained cases lost {-loss.mean():.3f} {name} against {against}, more than {limits['retain']}."
             )
 
     if resolution.request.job == "suppression":
-        unclear.append("suppression is judged by probes for the class, which this audit does not run.")
+        unclear.append("suppression is judged for a class of a classification; this audit has no probe for the rest.")
     else:
-        score, memorised = u["forget"]["iou"].mean(), o["forget"]["iou"].mean()
-        offset = o["holdout"]["iou"] - j["holdout"]["iou"]
+        score, memorised = u["forget"][main].mean(), o["forget"][main].mean()
+        offset = o["holdout"][main] - j["holdout"][main]
         low, high = _difference(
-            u["forget"]["iou"] - j["forget"]["iou"], groups["forget"], offset, groups["holdout"], seed
+            u["forget"][main] - j["forget"][main], groups["forget"], offset, groups["holdout"], seed
         )
         if low > limits["forget"]:
-            failed.append(f"the forget set still scores {score:.3f} IoU where an unseen case would score {target:.3f}.")
+            failed.append(
+                f"the forget set still scores {score:.3f} {name} where an unseen case would score {target:.3f}."
+            )
         if high < -limits["forget"]:
             failed.append(
-                f"the forget set scores {score:.3f} IoU, below the {target:.3f} of an unseen case: over-forgotten, "
+                f"the forget set scores {score:.3f} {name}, below the {target:.3f} of an unseen case: over-forgotten, "
                 "which marks the cases as clearly as remembering them."
             )
         row = membership["unlearned"]["calibrated"]
@@ -267,8 +288,114 @@ def judge_verdict(
     if unclear:
         return "INCONCLUSIVE", unclear
     return "NOT REFUTED", [
-        f"forget score {u['forget']['iou'].mean():.3f} against {target:.3f} expected of unseen cases; no test failed "
+        f"forget score {u['forget'][main].mean():.3f} against {target:.3f} expected of unseen cases; no test failed "
         "and both controls behave. This is measured behaviour, no proof of erasure."
+    ]
+
+
+def suppressed_class(resolution: Resolution, classes: Sequence[str]) -> int | None:
+    """The number of the class that the request suppresses; None for every other request.
+
+    Raises:
+        ValueError: when the model has no such class.
+    """
+    request = resolution.request
+    if request.job != "suppression" or request.kind != "class" or not classes:
+        return None
+    name = str(request.selector["class"])
+    if name not in classes:
+        raise ValueError(f"the model has no class {name!r}; there are {', '.join(classes)}.")
+    return list(classes).index(name)
+
+
+def _suppression(
+    models: Mapping[str, nn.Module],
+    scores: Scores,
+    datasets: Mapping[str, MemoryDataset],
+    groups: Mapping[str, list[str]],
+    forgotten: int,
+    classes: Sequence[str],
+    device: str | torch.device,
+    seed: int,
+) -> dict[str, Any]:
+    """What tells whether a class is gone and the others are not: F1 on unseen cases, probe and relearning.
+
+    The macro-F1 of the other classes is taken over their own unseen cases: whatever a model without the class says
+    about a member of it is wrong, also for the retrained one.
+    """
+    number, unseen = len(classes), datasets["holdout"]
+    is_class = scores["original"]["holdout"]["true"] == forgotten
+    _, index = np.unique([name for name, own in zip(groups["holdout"], is_class) if not own], return_inverse=True)
+    share = np.full(index.max() + 1, 1 / (index.max() + 1))
+    draws = np.random.default_rng(seed).multinomial(len(share), share, 2000)
+    f1: dict[str, float] = {}
+    others: dict[str, list[np.ndarray]] = {}
+    for name in models:
+        rows = scores[name]["holdout"]
+        f1[name] = float(np.nan_to_num(f1_scores(rows["true"], rows["predicted"], number)[forgotten]))
+        true, predicted = rows["true"][~is_class], rows["predicted"][~is_class]
+        for weights in (np.ones(len(index)), draws[:, index]):
+            values = f1_scores(true, predicted, number, weights)
+            others.setdefault(name, []).append(np.nanmean(np.delete(values, forgotten, -1), axis=-1))
+    change = others["unlearned"][1] - others["original"][1]
+    shots = MemoryDataset(datasets["forget"].data[:SHOTS], unseen.transform, unseen.store)
+    judged = [name for name in ("original", "unlearned", "retrained") if name in models]
+    return {
+        "class": classes[forgotten],
+        "unseen_members": int(is_class.sum()),
+        "f1_unseen": f1,
+        "macro_f1_others": {name: float(values[0]) for name, values in others.items()},
+        "macro_f1_others_change_ci": [float(q) for q in np.quantile(change, (0.025, 0.975))],
+        "linear_probe": {
+            name: linear_probe(penultimate_features(models[name], unseen, device), is_class, groups["holdout"])
+            for name in judged
+        },
+        "relearn": {
+            name: relearn_class(
+                models[name], shots, datasets["retain"], unseen, forgotten, device=device, seed=seed
+            )
+            for name in judged
+        },
+    }  # fmt: skip
+
+
+def judge_suppression(found: Mapping[str, Any], utility: float, f1_limit: float = 0.05) -> tuple[str, list[str]]:
+    """FAIL, INCONCLUSIVE or NOT REFUTED for a suppressed class, with the reasons in plain words.
+
+    FAIL: unseen members of the class are still found (F1 above ``f1_limit``), the other classes lost macro-F1 with an
+    interval wholly beyond ``utility``, or a linear probe finds the class more than .10 AUC better in the unlearned
+    model's features than in the retrained one's. INCONCLUSIVE: no retrained model to compare the probe with, or the
+    probe finds the class in the retrained model as well as in the original, so that it cannot tell.
+    """
+    failed, unclear = [], []
+    name, f1, probe = found["class"], found["f1_unseen"], found["linear_probe"]
+    if f1["unlearned"] > f1_limit:
+        failed.append(f"unseen cases of {name} are still found: F1 {f1['unlearned']:.3f}, limit {f1_limit}.")
+    lost = found["macro_f1_others"]["original"] - found["macro_f1_others"]["unlearned"]
+    if found["macro_f1_others_change_ci"][1] < -utility:
+        failed.append(f"the other classes lost {lost:.3f} macro-F1, more than {utility}.")
+    if None in probe.values() or "retrained" not in probe:
+        unclear.append(
+            "the probe for the class needs the retrained model and enough unseen members (--with_retrained 1)."
+        )
+    else:
+        if probe["unlearned"] - probe["retrained"] > PROBE_LIMIT:
+            failed.append(
+                f"a linear probe finds {name} in the features with AUC {probe['unlearned']:.3f}, in the retrained "
+                f"model's with {probe['retrained']:.3f}: forgotten in the head only."
+            )
+        if probe["original"] - probe["retrained"] <= PROBE_LIMIT:
+            unclear.append(
+                f"the linear probe cannot tell: it finds {name} with AUC {probe['original']:.3f} in the original's "
+                f"features and {probe['retrained']:.3f} in those of a model that was never taught it."
+            )
+    if failed:
+        return "FAIL", failed + unclear
+    if unclear:
+        return "INCONCLUSIVE", unclear
+    return "NOT REFUTED", [
+        f"F1 of {name} on unseen cases {f1['unlearned']:.3f}; macro-F1 of the other classes changed by {-lost:+.3f}. "
+        "This is measured behaviour, no proof of erasure."
     ]
 
 
@@ -286,12 +413,18 @@ def _difference(
     return float(low), float(high)
 
 
+def _sum(parts: Sequence[Mapping[str, Any] | None], units: Sequence[str]) -> dict[str, Any] | None:
+    """Unit by unit; None where a part is not known."""
+    known = [part for part in parts if part is not None]
+    return {unit: sum(part[unit] for part in known) for unit in units} if len(known) == len(parts) else None
+
+
 def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str, float]) -> dict[str, Any]:
     """Seconds, floating-point operations and image passes by purpose; None where a step was not part of this run.
 
     ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
-    ``train``. ``audit`` holds the scoring and the training of the judge. An image that only goes forward counts a
-    third.
+    ``train`` (strong phase and restoration). ``audit`` holds the scoring and the training of the judge. An image that
+    only goes forward counts a third.
     """
     units = ("seconds", "flops", "images")
 
@@ -303,22 +436,17 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
     parts: dict[str, Mapping[str, Any] | None] = {
         "cache": of("cache"),
         "reference": of("reference") or (dict.fromkeys(units, 0) if given else None),
-        "train": of("unlearn"),
+        "train": _sum([of("unlearn"), *([of("restore")] if "restore" in phases else [])], units),
         "retrain": of("retrain"),
     }
     judge = of("judge") or dict.fromkeys(units, 0)
+    parts["unlearn"] = _sum([parts[name] for name in ("cache", "reference", "train")], units)
     parts["audit"] = {unit: audit_cost[unit] + judge[unit] for unit in units}
     table: dict[str, Any] = {}
     for name in ("cache", "reference", "train", "unlearn", "audit", "retrain"):
         for unit in units:
-            if name == "unlearn":
-                summands = [parts[part] for part in ("cache", "reference", "train")]
-                table[f"unlearn_{unit}"] = (
-                    None if None in summands else sum(one[unit] for one in summands if one is not None)
-                )
-            else:
-                part = parts[name]
-                table[f"{name}_{unit}"] = None if part is None else part[unit]
+            part = parts[name]
+            table[f"{name}_{unit}"] = None if part is None else part[unit]
     trained = phases.get("unlearn", {})
     return {
         **table,
@@ -336,22 +464,31 @@ def _example_cases(
     scores: Scores,
     device: str | torch.device,
     show_forget: bool,
-    number: int = 4,
+    inferer: Inferer | None,
+    number: int = 3,
 ) -> list[dict[str, Any]]:
     """Cases to draw: retained ones spread over the unlearned model's scores, forget ones only when asked for."""
     cases = []
+    judged = next(iter(SIGNS[main_score(scores["unlearned"]["retain"])]))
     for split in ("retain", *(["forget"] if show_forget else [])):
-        order = np.argsort(scores["unlearned"][split]["iou"])
+        order = np.argsort(scores["unlearned"][split][judged])
         picked = order[np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
         for index in picked:
             sample = datasets[split][int(index)]
             image = sample["image"][None].to(device)
+            outputs = {}
+            for name in ("original", "unlearned"):
+                logits = networks[name](image) if inferer is None else inferer(image, networks[name])
+                outputs[name] = probabilities(logits)[0].cpu().numpy()
             cases.append({
                 "split": split,
                 "image": sample["image"].cpu().numpy(),
                 "label": sample["label"].cpu().numpy(),
-                **{name: networks[name](image)[0].sigmoid().cpu().numpy() for name in ("original", "unlearned")},
-                "iou": {name: float(scores[name][split]["iou"][index]) for name in ("original", "unlearned")},
+                **outputs,
+                "scores": {
+                    name: {key: float(values[index]) for key, values in scores[name][split].items()}
+                    for name in ("original", "unlearned")
+                },
             })  # fmt: skip
     return cases
 

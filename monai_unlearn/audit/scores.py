@@ -1,12 +1,16 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
-"""One row of scores per case, from one forward pass on the deterministic view."""
+"""One row of scores per case, from one forward pass on the deterministic view.
+
+Labels of shape ``(B, C, *spatial)`` are masks and scored by their overlap, labels ``(B, C)`` are classes.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,15 @@ from tqdm import tqdm
 from ..data import MemoryDataset
 from ..relabel import probabilities
 
-SCORES = ("iou", "dice", "loss")
+SCORES = {"segmentation": ("iou", "dice", "loss"), "classification": ("accuracy", "margin", "loss")}
+Rows = dict[str, np.ndarray]
+Inferer = Callable[[Tensor, nn.Module], Tensor]
+MaskMetrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
+
+
+def main_score(rows: Mapping[str, Any]) -> str:
+    """The score that says how well a model does: ``iou`` of masks, ``accuracy`` of classes."""
+    return "iou" if "iou" in rows else "accuracy"
 
 
 def hard_masks(logits: Tensor) -> Tensor:
@@ -29,31 +41,75 @@ def hard_masks(logits: Tensor) -> Tensor:
     return F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1).float()
 
 
-def case_scores(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+def cl_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Centreline Dice of two masks of tubes (Shit et al., arXiv 2003.07311), from skeletons by scikit-image.
+
+    The harmonic mean of the share of the prediction's skeleton that lies in the truth and the share of the truth's
+    skeleton that lies in the prediction.
+
+    Args:
+        mask: boolean, ``(H, W)`` or ``(D, H, W)``.
+        truth: the same.
+
+    Returns:
+        In [0, 1]; 1 where both are empty, 0 where one is.
+    """
+    from skimage.morphology import skeletonize
+
+    if not mask.any() or not truth.any():
+        return float(mask.any() == truth.any())
+    precision, sensitivity = truth[skeletonize(mask) > 0].mean(), mask[skeletonize(truth) > 0].mean()
+    return float(2 * precision * sensitivity / max(precision + sensitivity, 1e-12))
+
+
+def case_scores(
+    logits: Tensor, label: Tensor, region: Tensor | None = None, metrics: MaskMetrics | None = None
+) -> dict[str, Tensor]:
     """Scores of each case of a batch.
 
     Args:
-        logits: ``(B, C, *spatial)``.
+        logits: ``(B, C, *spatial)`` or ``(B, C)``.
         label: probabilities of the same shape.
+        region: boolean ``(B, 1, *spatial)``: where masks are compared, such as a field of view; None is everywhere.
+        metrics: further scores of one foreground mask against one truth, by name; the mean over foreground channels.
 
     Returns:
-        ``iou`` and ``dice`` of the hard masks in [0, 1] (mean over foreground channels; 1 where prediction and label
-        are both empty) and ``loss``, the mean cross-entropy over voxels in nats; each ``(B,)``.
+        For masks ``iou`` and ``dice`` of the hard masks in [0, 1] (mean over foreground channels; 1 where prediction
+        and label are both empty), the further ``metrics``, ``confidence``, the mean foreground probability inside the
+        label (NaN where that is empty), and ``loss``, the mean cross-entropy over voxels in nats. For classes
+        ``accuracy`` (0 or 1), ``margin``, the true class's logit minus the logsumexp of the others, ``loss``, and the
+        numbers ``true`` and ``predicted``. Each ``(B,)``.
     """
-    masks = hard_masks(logits)
+    if logits.ndim == 2:
+        true, predicted = label.argmax(1), logits.argmax(1)
+        others = logits.masked_fill(F.one_hot(true, logits.shape[1]).bool(), -torch.inf)
+        return {
+            "accuracy": (true == predicted).float(),
+            "margin": logits.gather(1, true[:, None])[:, 0] - others.logsumexp(1),
+            "loss": -(label * logits.log_softmax(1)).sum(1),
+            "true": true,
+            "predicted": predicted,
+        }
+    inside = torch.ones_like(label[:, :1]) if region is None else region.to(label)
+    masks, truth = hard_masks(logits) * inside, (label > 0.5).float() * inside
+    scores: dict[str, Tensor] = {}
     background = logits.shape[1] == 1
-    truth = (label > 0.5).float()
-    scores = {}
     for name, metric in (
         ("iou", MeanIoU(include_background=background, ignore_empty=False)),
         ("dice", DiceMetric(include_background=background, ignore_empty=False)),
     ):
         scores[name] = torch.as_tensor(metric(masks, truth)).mean(1)
-    if logits.shape[1] == 1:
-        loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").flatten(1).mean(1)
+    foreground = slice(0 if background else 1, None)
+    for name, one in (metrics or {}).items():
+        pairs = zip(masks[:, foreground].cpu().numpy() > 0, truth[:, foreground].cpu().numpy() > 0)
+        scores[name] = torch.tensor([np.mean([one(m, t) for m, t in zip(*pair)]) for pair in pairs])
+    if background:
+        loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
     else:
-        loss = -(label * logits.log_softmax(1)).sum(1).flatten(1).mean(1)
-    return {**scores, "loss": loss}
+        loss = -(label * logits.log_softmax(1)).sum(1, keepdim=True)
+    p = probabilities(logits)[:, foreground]
+    scores["confidence"] = (p * truth[:, foreground]).flatten(1).sum(1) / truth[:, foreground].flatten(1).sum(1)
+    return {**scores, "loss": (loss * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)}
 
 
 @torch.no_grad()
@@ -62,14 +118,27 @@ def score_cases(
     dataset: MemoryDataset,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
-    inferer: Callable[[Tensor, nn.Module], Tensor] | None = None,
+    inferer: Inferer | None = None,
+    metrics: MaskMetrics | None = None,
     desc: str = "scores",
-) -> dict[str, np.ndarray]:
+) -> Rows:
     """Scores of every case, in the data list's order; the network's modes, weights and buffers stay as they are.
 
+    Masks are compared inside the item ``region`` where the data set has one.
+
+    Args:
+        network: gives logits.
+        dataset: its items hold ``image`` and ``label``.
+        device: where to compute.
+        batch_size: cases at a time.
+        inferer: such as MONAI's ``SlidingWindowInferer``; None calls the network.
+        metrics: see :func:`case_scores`.
+        desc: name on the progress bar.
+
     Returns:
-        For each of :data:`SCORES` an array ``(N,)``; also ``entropy``, the mean binary or categorical entropy of the
-        prediction in nats, and ``area``, the foreground's share of the label.
+        For each score of :func:`case_scores` an array ``(N,)``; also ``entropy``, the mean binary or categorical
+        entropy of the prediction in nats, and for masks ``area``, the foreground's share of the label. Empty without
+        cases.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -82,24 +151,40 @@ def score_cases(
             entropy = torch.special.entr(p)
             if p.shape[1] == 1:
                 entropy = entropy + torch.special.entr(1 - p)
-            foreground = label if label.shape[1] == 1 else label[:, 1:]
-            found = {
-                **case_scores(logits, label),
-                "entropy": entropy.sum(1).flatten(1).mean(1),
-                "area": foreground.sum(1).flatten(1).mean(1),
-            }
+            found = case_scores(logits, label, batch["region"].to(device) if "region" in batch else None, metrics)
+            found["entropy"] = entropy.sum(1).reshape(len(p), -1).mean(1)
+            if label.ndim > 2:
+                foreground = label if label.shape[1] == 1 else label[:, 1:]
+                found["area"] = foreground.sum(1).flatten(1).mean(1)
             for name, value in found.items():
                 rows.setdefault(name, []).append(value.double().cpu())
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not rows:
-        return {name: np.zeros(0) for name in (*SCORES, "entropy", "area")}
     return {name: torch.cat(values).numpy() for name, values in rows.items()}
 
 
+def f1_scores(true: np.ndarray, predicted: np.ndarray, number: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """F1 of each class: 2·TP / (2·TP + FP + FN); NaN where a class is neither true nor predicted anywhere.
+
+    Args:
+        true: classes ``(N,)`` in [0, number).
+        predicted: the same.
+        number: of classes.
+        weights: how often each case counts, ``(N,)`` or ``(resamples, N)``; None counts each once.
+
+    Returns:
+        ``(number,)`` or ``(resamples, number)``.
+    """
+    weights = np.ones(len(true)) if weights is None else weights
+    is_true, is_predicted = np.eye(number)[true.astype(int)], np.eye(number)[predicted.astype(int)]
+    hits, counted = weights @ (is_true * is_predicted), weights @ (is_true + is_predicted)
+    with np.errstate(invalid="ignore"):
+        return 2 * hits / counted
+
+
 class SplitEvaluator:
-    """The mean IoU of a network on named data sets, for :class:`monai_unlearn.handlers.StopAtReference`.
+    """The main score of a network on named data sets, for :class:`monai_unlearn.handlers.StopAtReference`.
 
     Args:
         network: scored in eval mode, left as it was.
@@ -108,6 +193,7 @@ class SplitEvaluator:
         batch_size: cases at a time.
         limit: at most so many cases of each data set, a fixed sample drawn by ``seed``; None scores all.
         seed: of the sample.
+        inferer: see :func:`score_cases`.
 
     Attributes:
         state: ``state.metrics`` holds the scores after :meth:`run`.
@@ -122,8 +208,9 @@ class SplitEvaluator:
         batch_size: int = 32,
         limit: int | None = None,
         seed: int = 0,
+        inferer: Inferer | None = None,
     ) -> None:
-        self.network, self.device, self.batch_size = network, device, batch_size
+        self.network, self.device, self.batch_size, self.inferer = network, device, batch_size, inferer
         self.datasets = {}
         for name, dataset in datasets.items():
             items = list(dataset.data)
@@ -135,7 +222,35 @@ class SplitEvaluator:
 
     def run(self) -> None:
         """Score; the random state of torch stays as it was."""
-        self.state.metrics = {
-            name: float(score_cases(self.network, dataset, self.device, self.batch_size)["iou"].mean())
-            for name, dataset in self.datasets.items()
-        }
+        self.state.metrics = {}
+        for name, dataset in self.datasets.items():
+            rows = score_cases(self.network, dataset, self.device, self.batch_size, self.inferer)
+            self.state.metrics[name] = float(rows[main_score(rows)].mean())
+
+
+def summary(rows: Rows, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers of a split: means over cases, and for classes the F1 of each and their means.
+
+    Args:
+        rows: of :func:`score_cases`.
+        classes: names of the classes, in the order of the logits.
+
+    Returns:
+        ``mean_iou``, ``mean_dice``, ``loss``, ``n_empty`` and the mean of every further metric; or ``accuracy``,
+        ``balanced_accuracy`` (mean recall of the classes that occur), ``macro_f1``, ``f1_per_class`` and ``loss``;
+        and ``n``.
+    """
+    number = len(rows["loss"])
+    if "iou" in rows:
+        passed_over = ("area", "entropy", "loss", "confidence")
+        means = {f"mean_{name}": values.mean() for name, values in rows.items() if name not in passed_over}
+        return {**means, "loss": rows["loss"].mean(), "n": number, "n_empty": int((rows["area"] == 0).sum())}
+    true, f1 = rows["true"].astype(int), f1_scores(rows["true"], rows["predicted"], len(classes))
+    return {
+        "accuracy": rows["accuracy"].mean(),
+        "balanced_accuracy": np.mean([rows["accuracy"][true == one].mean() for one in np.unique(true)]),
+        "macro_f1": np.nanmean(f1),
+        "f1_per_class": dict(zip(classes, f1)),
+        "loss": rows["loss"].mean(),
+        "n": number,
+    }

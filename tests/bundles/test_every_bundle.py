@@ -1,0 +1,200 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""What every bundle has to do, on the quick phantom of its own."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+from monai_unlearn.checkpoint import read_weights, weights_digest
+
+HERE = Path(__file__).parent
+BUNDLES = HERE.parents[1] / "bundles"
+NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
+OTHERS = [name for name in NAMES if name != "isic_unlearn"]  # which has a file of tests of its own
+UNCHANGED = ("identity", "learning_rate_zero")
+SUPPRESSION = ("delete", "logit_mask")
+OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "native", "paper_256", "size_180")
+FORGET = {"chase_unlearn": "02L", "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005"}
+
+
+def start(bundle, output_dir, *overlays, run_id="run", **arguments):
+    """A bundle run up to its result, as the command line does it."""
+    configs = BUNDLES / bundle / "configs"
+    files = [str(configs / "train.json"), *(str(configs / "methods" / f"{name}.json") for name in overlays)]
+    options = {"quick": 1, "output_dir": str(output_dir), **arguments}
+    flow = ConfigWorkflow(files, workflow_type="train", run_id=run_id, logging_file=False, **options)
+    flow.initialize()
+    flow.run()
+    return flow
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The folder of a finished quick run, by bundle."""
+    folders = {}
+
+    def folder_of(bundle):
+        if bundle not in folders:
+            folders[bundle] = tmp_path_factory.mktemp(bundle) / "output"
+            start(bundle, folders[bundle], forget_ids=FORGET[bundle])
+        return folders[bundle]
+
+    return folder_of
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("bundle", OTHERS)
+def test_the_run_leaves_its_report_and_plain_weights_and_names_nobody(bundle, quick):
+    folder = quick(bundle)
+    report = report_of(folder)
+    jsonschema.validate(report, json.loads((HERE / "report_schema.json").read_text()))
+    network = ConfigParser(ConfigParser.load_config_file(str(BUNDLES / bundle / "configs" / "inference.json")))
+    network = network.get_parsed_content("network_def")
+    network.load_state_dict(read_weights(folder / "models" / "unlearned.pt"), strict=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and not {"private", "phantom_quick"} & set(path.relative_to(folder).parts):
+            content = path.read_bytes()
+            assert b"PHANTOM_00" not in content and b"Image_0" not in content and b"phantom_quick/" not in content, path
+    if bundle == "chase_unlearn":
+        assert report["splits"] == {"forget": 2, "retain": 8, "holdout": 4}  # both eyes
+        assert 0 <= report["scores"]["original"]["holdout"]["mean_cldice"] <= 1
+    else:
+        assert len(report["scores"]["original"]["holdout"]["f1_per_class"]) == 9
+
+
+METHODS = [(b, path.stem) for b in OTHERS for path in sorted((BUNDLES / b / "configs" / "methods").glob("*.json"))]
+
+
+@pytest.mark.parametrize(("bundle", "name"), [pair for pair in METHODS if pair[1] not in OTHER_NETWORK_OR_SIZE])
+def test_every_method_runs(bundle, name, quick, tmp_path):
+    folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
+    request = {"forget_ids": FORGET[bundle]}
+    if name in SUPPRESSION:
+        (tmp_path / "request.yaml").write_text("{job: suppression, selector: {class: vascular lesion}}")
+        request = {"forget_request": str(tmp_path / "request.yaml"), "with_retrained": 0}
+    start(bundle, folder, name, run_id="unlearn", **request)
+    original, unlearned = (read_weights(folder / "models" / f"{one}.pt") for one in ("original", "unlearned"))
+    assert (weights_digest(original) == weights_digest(unlearned)) == (name in UNCHANGED)
+    if name == "logit_mask":
+        assert {key for key in original if not torch.equal(original[key], unlearned[key])} == {"fc.bias"}
+    if name == "erase_to_retain":  # the strong phase and the restoration
+        strong = read_weights(folder / "models" / "strong.pt")
+        head = "fc." if "fc.bias" in strong else "model.2.1.conv.unit0.conv."
+        moved = {key for key in strong if not torch.equal(strong[key], unlearned[key])}
+        assert all(key.startswith(head) for key in moved)
+
+
+def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
+    for name in ("flexible_unet", "segformer"):
+        start("isic_unlearn", tmp_path / name, name, run_id="unlearn", original_epochs=1, reference_epochs=1,
+              unlearn_epochs=1, spatial_size=[64, 64])  # fmt: skip
+        record = json.loads((tmp_path / name / "models" / "unlearned.json").read_text())
+        assert 0 < record["trainable_parameters"] < 0.2 * record["total_parameters"]
+        assert record["drift"] and all(value >= 0 for value in record["drift"].values())
+
+
+def test_a_class_is_suppressed_and_judged_on_its_unseen_members(quick, tmp_path):
+    folder = Path(shutil.copytree(quick("isic_classification_unlearn"), tmp_path / "output"))
+    (tmp_path / "request.yaml").write_text("{job: suppression, selector: {class: vascular lesion}}")
+    start("isic_classification_unlearn", folder, forget_request=str(tmp_path / "request.yaml"), with_retrained=0)
+    report = report_of(folder)
+    assert report["job"] == "suppression" and report["suppression"]["class"] == "vascular lesion"
+    assert report["cost"]["reference_seconds"] == 0 and report["membership"] == {}
+    assert [row["steps"] for row in report["relearn"]["unlearned"]] == [0, 1, 2, 5, 10, 20, 40]
+    assert report["verdict"] in ("FAIL", "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize("bundle", OTHERS)
+def test_inference_runs_on_a_folder_of_pictures(bundle, quick, tmp_path):
+    folder = quick(bundle)
+    pictures = folder / "phantom_quick"
+    if bundle != "chase_unlearn":
+        pictures = pictures / "Test" / "nevus"
+    flow = ConfigWorkflow(
+        str(BUNDLES / bundle / "configs" / "inference.json"), workflow_type="infer", logging_file=False,
+        output_dir=str(tmp_path), dataset_dir=str(pictures), model_path=str(folder / "models" / "unlearned.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    assert flow.check_properties() == []
+    flow.run()
+    number = len(list(pictures.glob("*.jpg")))
+    if bundle == "chase_unlearn":
+        assert len(list(tmp_path.glob("*.png"))) == number
+    else:
+        rows = (tmp_path / "predictions.csv").read_text().splitlines()
+        assert len(rows) == number
+        assert sum(map(float, rows[0].split(",")[1:])) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("bundle", OTHERS)
+def test_the_holdout_can_be_evaluated_alone(bundle, quick, capsys):
+    flow = start(bundle, quick(bundle), run_id="original")
+    configs = BUNDLES / bundle / "configs"
+    flow = ConfigWorkflow(
+        [str(configs / "train.json"), str(configs / "evaluate.json")], logging_file=False, quick=1,
+        output_dir=str(quick(bundle)), model_path=str(quick(bundle) / "models" / "original.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    flow.run()
+    shown = re.search(r"on the holdout: ([\d.]+)", capsys.readouterr().out)
+    scores = report_of(quick(bundle))["scores"]["original"]["holdout"]
+    assert float(shown[1]) == pytest.approx(scores.get("accuracy", scores.get("mean_iou")), abs=2e-3)
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_the_bundle_is_complete_and_its_ids_are_monais_own(bundle):
+    configs = BUNDLES / bundle / "configs"
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/logging.conf", "configs/evaluate.json"):
+        assert (BUNDLES / bundle / name).is_file(), name
+    flow = ConfigWorkflow(str(configs / "train.json"), workflow_type="train", logging_file=False, quick=1)
+    flow.initialize()
+    assert flow.check_properties() == []
+    config = ConfigParser.load_config_file(str(configs / "train.json"))
+    ids = {"run", "plan", "original", "retrain", "unlearn", "audit"}
+    assert ids | {"displayable_configs", "unlearn_phase", "restore_phase"} <= set(config)
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_no_expression_holds_a_lambda_a_shell_a_file_or_the_network(bundle):
+    forbidden = re.compile(r"lambda|__|subprocess|\bsystem|open\(|\beval\b|\bexec\b|\burl|socket|requests")
+    known = ("monai.", "monai_unlearn.", "torch.nn.", "torch.optim.", "ignite.metrics.")
+    for path in (BUNDLES / bundle / "configs").rglob("*.json"):
+        text = path.read_text()
+        assert not [one for one in re.findall(r'"(\$[^"]*)"', text) if forbidden.search(one)], path
+        for target in re.findall(r'"_target_": "([^"]*)"', text):
+            assert target.startswith(known) or "." not in target or target == "torch.mean", target
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_the_metadata_pass_the_verification(bundle):
+    configs = BUNDLES / bundle / "configs"
+    schema = os.environ.get("MONAI_META_SCHEMA", str(HERE / "metadata_schema.json"))
+    verify_metadata(meta_file=str(configs / "metadata.json"), filepath=schema)
+    metadata = json.loads((configs / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    verify_net_in_out(
+        "network_def", meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json"),
+        bundle_root=str(BUNDLES / bundle),
+    )  # fmt: skip
+    train, inference = (ConfigParser.load_config_file(str(configs / f"{n}.json")) for n in ("train", "inference"))
+    factory = {key: value for key, value in train["network_factory"].items() if key != "_mode_"}
+    assert inference["network_def"] == factory
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_the_plan_writes_nothing(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(bundle, tmp_path / "out", run_id="plan")
+    assert "nothing was written" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
