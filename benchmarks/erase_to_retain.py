@@ -13,18 +13,12 @@ of steps on the forget set (75 of batch 64), each at 1, 3 and 10 times the publi
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from rows import ROOT, append, costs, finished, markdown, run, share
+
 ROWS = Path(__file__).with_suffix(".csv")
 SPLITS = ("forget", "retain", "holdout")
-UNITS = ("seconds", "flops")
-PARTS = ("cache", "reference", "train")  # of the cost of unlearning
 # task -> bundle, overlays on every run, published numbers on forget, retain and holdout, whose paper row they are
 TASKS = {
     "isic": ("isic_unlearn", (), "IoU .875 → .509, .647 and .677 on retain and validation (order unconfirmed)"),
@@ -50,19 +44,6 @@ EXTRA = {  # with a forget set of 77 an epoch holds 2 forget batches of 64
 ROWS_OF = {"isic": {**RUNS, **EXTRA}, "isic_flexible_unet": {**RUNS, **EXTRA}}
 
 
-def run(task: str, name: str, seed: int, dataset_dir: str, folder: Path) -> dict:
-    """Run one method on one seed, and return its report."""
-    bundle, always, _ = TASKS[task]
-    overlays, options = ROWS_OF.get(task, RUNS)[name]
-    configs = [f"bundles/{bundle}/configs/train.json"]
-    configs += [f"bundles/{bundle}/configs/methods/{one}.json" for one in (*always, *overlays)]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs), "--dataset_dir", dataset_dir,
-               "--forget_fraction", "0.1", "--with_retrained", "1", "--seed", str(seed), "--output_dir", str(folder),
-               *(text for key, value in options.items() for text in (f"--{key}", str(value)))]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((folder / "report.json").read_text())
-
-
 def row_of(report: dict, task: str, name: str, seed: int) -> dict:
     """What the table needs of a report."""
     row: dict = {"task": task, "row": name, "seed": seed, "verdict": report["verdict"],
@@ -72,11 +53,7 @@ def row_of(report: dict, task: str, name: str, seed: int) -> dict:
     for model in ("original", "unlearned", "retrained"):
         row |= {f"{model}_{split}": report["scores"][model][split][key] for split in SPLITS}
         row[f"{model}_auc"] = report["membership"][model]["calibrated"]["auc"]
-    for unit in UNITS:
-        row |= {
-            f"{part}_{unit}": report["cost"][f"{part}_{unit}"] for part in ("cache", "reference", "train", "retrain")
-        }
-    return {field: round(value, 5) if isinstance(value, float) else value for field, value in row.items()}
+    return row | costs(report, ("seconds", "flops"))
 
 
 def sentence(rows: list[dict]) -> str:
@@ -106,17 +83,11 @@ def table(rows: list[dict], task: str) -> str:
         spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
         return f"{sum(values) / len(values):.3f}{spread}"
 
-    def share(row: dict, unit: str) -> float:
-        return sum(float(row[f"{part}_{unit}"]) for part in ("cache", "reference", "train")) / float(
-            row[f"retrain_{unit}"]
-        )
-
     columns = [*SPLITS, "auc"]
     lines = [
         ["", *SPLITS, "AUC calibrated", "FLOPs, share of the retrain", "seconds, share", "seeds", "in one sentence"]
     ]
-    lines.append(["---"] * len(lines[0]))
-    lines.append(["the paper's numbers", *[""] * 6, TASKS[task][2]])
+    lines.append(["the paper's numbers", *[""] * 7, TASKS[task][2]])
     first = {row["seed"]: row for row in rows}  # original and retrained model are those of the seed
     for model in ("original", "retrained"):
         cells = [cell(list(first.values()), lambda row, m=model, c=c: float(row[f"{m}_{c}"])) for c in columns]
@@ -129,7 +100,7 @@ def table(rows: list[dict], task: str) -> str:
             costs = [cell(chosen, lambda row, u=u: share(row, u)) for u in ("flops", "seconds")]
             verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
             lines.append([name, *cells, *costs, str(len(chosen)), f"{sentence(chosen)} ({verdicts})"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def main() -> None:
@@ -141,24 +112,20 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these rows")
     arguments = parser.parse_args()
 
-    def finished() -> list[dict]:
-        return list(csv.DictReader(ROWS.open())) if ROWS.exists() else []
-
     if arguments.dataset_dir:
+        bundle, always, _ = TASKS[arguments.task]
         for seed in arguments.seeds:
             for name in arguments.rows or ROWS_OF.get(arguments.task, RUNS):
                 key = (arguments.task, name, str(seed))
-                if key in {(row["task"], row["row"], row["seed"]) for row in finished()}:
+                if key in {(row["task"], row["row"], row["seed"]) for row in finished(ROWS)}:
                     continue
+                overlays, options = ROWS_OF.get(arguments.task, RUNS)[name]
                 folder = arguments.output_dir / arguments.task / f"seed{seed}"
-                report = run(arguments.task, name, seed, os.path.abspath(arguments.dataset_dir), folder)
-                rows = [*finished(), row_of(report, arguments.task, name, seed)]
-                with ROWS.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
+                options = {"forget_fraction": 0.1, "seed": seed, **options}
+                report = run(bundle, (*always, *overlays), arguments.dataset_dir, folder, **options)
+                append(ROWS, row_of(report, arguments.task, name, seed))
     for task in TASKS:
-        rows = [row for row in finished() if row["task"] == task]
+        rows = [row for row in finished(ROWS) if row["task"] == task]
         if rows:
             print(f"\n{task}\n\n{table(rows, task)}")
 

@@ -12,27 +12,13 @@ The methods of a seed share original, references and retrained model in one outp
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from rows import ROOT, append, costs, finished, markdown, run, share
+
 ROWS = Path(__file__).with_suffix(".csv")
 METHODS = ("default", "identity", "fine_tune", "background")
 SPLITS = ("forget", "retain", "holdout")
-
-
-def run(method: str, seed: int, dataset_dir: str, output_dir: Path) -> dict:
-    """Run one method on one seed, and return its report."""
-    train = "bundles/isic_unlearn/configs/train.json"
-    config = train if method == "default" else f"['{train}','bundles/isic_unlearn/configs/methods/{method}.json']"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, "--dataset_dir", dataset_dir,
-               "--forget_fraction", "0.1", "--with_retrained", "1", "--seed", str(seed),
-               "--output_dir", str(output_dir / f"seed{seed}")]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((output_dir / f"seed{seed}" / "report.json").read_text())
 
 
 def row_of(report: dict, method: str, seed: int) -> dict:
@@ -44,10 +30,7 @@ def row_of(report: dict, method: str, seed: int) -> dict:
         row |= {f"{model}_{split}": report["scores"][model][split]["mean_iou"] for split in SPLITS}
         for kind in ("raw", "calibrated"):
             row[f"{model}_{kind}_auc"] = report["membership"][model][kind]["auc"]
-    for unit in ("seconds", "images"):
-        for part in ("cache", "reference", "train", "unlearn", "retrain"):
-            row[f"{part}_{unit}"] = report["cost"][f"{part}_{unit}"]
-    return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    return row | costs(report, ("seconds", "images"))
 
 
 def table(rows: list[dict]) -> str:
@@ -57,9 +40,6 @@ def table(rows: list[dict]) -> str:
         values = [value(row) for row in method_rows]
         spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
         return f"{sum(values) / len(values):.3f}{spread}"
-
-    def share(row: dict, unit: str, parts: tuple[str, ...]) -> float:
-        return sum(float(row[f"{part}_{unit}"]) for part in parts) / float(row[f"retrain_{unit}"])
 
     columns = {split: (lambda row, model, s=split: float(row[f"{model}_{s}"])) for split in SPLITS}
     columns["AUC raw"] = lambda row, model: float(row[f"{model}_raw_auc"])
@@ -81,8 +61,7 @@ def table(rows: list[dict]) -> str:
             costs = [cell(chosen, lambda row, s=s: share(row, *s)) for s in shares.values()]
             verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
             lines.append([method, *cells, *costs, verdicts])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def main() -> None:
@@ -91,17 +70,15 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "bundles" / "isic_unlearn" / "output" / "benchmark")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    rows = list(csv.DictReader(ROWS.open())) if ROWS.exists() else []
     if arguments.dataset_dir:
         for seed in arguments.seeds:
             for method in METHODS:
-                if not any(row["method"] == method and int(row["seed"]) == seed for row in rows):
-                    rows.append(row_of(run(method, seed, arguments.dataset_dir, arguments.output_dir), method, seed))
-                    with ROWS.open("w", newline="") as file:
-                        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                        writer.writeheader()
-                        writer.writerows(rows)
-    print(table(rows))
+                if (method, str(seed)) not in {(row["method"], row["seed"]) for row in finished(ROWS)}:
+                    overlays = () if method == "default" else (method,)
+                    folder, options = arguments.output_dir / f"seed{seed}", {"forget_fraction": 0.1, "seed": seed}
+                    report = run("isic_unlearn", overlays, arguments.dataset_dir, folder, **options)
+                    append(ROWS, row_of(report, method, seed))
+    print(table(finished(ROWS)))
 
 
 if __name__ == "__main__":

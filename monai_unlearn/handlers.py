@@ -117,7 +117,7 @@ class PhaseProgress:
         self.bar.update(1)
         if engine.state.iteration % 10 == 0:
             output: Any = engine.state.output  # a list of items where the trainer decollates
-            loss = torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]).mean()
+            loss = torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]).detach().mean()
             self.bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{float(loss):.3f}")
 
     def _close(self, engine: Engine, error: BaseException | None = None) -> None:

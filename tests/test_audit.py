@@ -532,6 +532,7 @@ def test_a_suppressed_class_is_judged_by_its_unseen_members_the_others_and_the_p
     assert suppression_verdict(f1=0.2)[0] == "FAIL"
     assert suppression_verdict(others=0.6, change=(-0.15, -0.05))[0] == "FAIL"
     assert "head only" in suppression_verdict(probe=(0.95, 0.9, 0.7))[1][0]
+    assert "over-forgotten" in suppression_verdict(probe=(0.95, 0.5, 0.7))[1][0]
     assert "cannot tell" in suppression_verdict(probe=(0.95, 0.94, 0.9))[1][0]
     assert suppression_verdict(probe=(0.95, 0.9))[0] == "INCONCLUSIVE"
 

@@ -363,9 +363,9 @@ def judge_suppression(found: Mapping[str, Any], utility: float, f1_limit: float 
     """FAIL, INCONCLUSIVE or NOT REFUTED for a suppressed class, with the reasons in plain words.
 
     FAIL: unseen members of the class are still found (F1 above ``f1_limit``), the other classes lost macro-F1 with an
-    interval wholly beyond ``utility``, or a linear probe finds the class more than .10 AUC better in the unlearned
-    model's features than in the retrained one's. INCONCLUSIVE: no retrained model to compare the probe with, or the
-    probe finds the class in the retrained model as well as in the original, so that it cannot tell.
+    interval wholly beyond ``utility``, or the AUC of a linear probe for the class differs by more than .10 between the
+    unlearned model's features and the retrained one's. INCONCLUSIVE: no retrained model to compare the probe with, or
+    the probe finds the class in the retrained model as well as in the original, so that it cannot tell.
     """
     failed, unclear = [], []
     name, f1, probe = found["class"], found["f1_unseen"], found["linear_probe"]
@@ -379,10 +379,11 @@ def judge_suppression(found: Mapping[str, Any], utility: float, f1_limit: float 
             "the probe for the class needs the retrained model and enough unseen members (--with_retrained 1)."
         )
     else:
-        if probe["unlearned"] - probe["retrained"] > PROBE_LIMIT:
+        if abs(probe["unlearned"] - probe["retrained"]) > PROBE_LIMIT:
+            above = probe["unlearned"] > probe["retrained"]
             failed.append(
                 f"a linear probe finds {name} in the features with AUC {probe['unlearned']:.3f}, in the retrained "
-                f"model's with {probe['retrained']:.3f}: forgotten in the head only."
+                f"model's with {probe['retrained']:.3f}: {'forgotten in the head only' if above else 'over-forgotten'}."
             )
         if probe["original"] - probe["retrained"] <= PROBE_LIMIT:
             unclear.append(

@@ -85,7 +85,8 @@ def test_every_method_runs(bundle, name, quick, tmp_path):
         request = {"forget_request": str(tmp_path / "request.yaml"), "with_retrained": 0}
     start(bundle, folder, name, run_id="unlearn", **request)
     original, unlearned = (read_weights(folder / "models" / f"{one}.pt") for one in ("original", "unlearned"))
-    assert (weights_digest(original) == weights_digest(unlearned)) == (name in UNCHANGED)
+    if name != "erase_to_retain":  # where nothing is remembered its stop rule keeps the start
+        assert (weights_digest(original) == weights_digest(unlearned)) == (name in UNCHANGED)
     if name == "logit_mask":
         assert {key for key in original if not torch.equal(original[key], unlearned[key])} == {"fc.bias"}
     if name == "erase_to_retain":  # the strong phase and the restoration
@@ -93,6 +94,8 @@ def test_every_method_runs(bundle, name, quick, tmp_path):
         head = "fc." if "fc.bias" in strong else "model.2.1.conv.unit0.conv."
         moved = {key for key in strong if not torch.equal(strong[key], unlearned[key])}
         assert all(key.startswith(head) for key in moved)
+        for phase in ("strong", "unlearned"):
+            assert json.loads((folder / "models" / f"{phase}.json").read_text())["images"] > 0
 
 
 def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
@@ -139,7 +142,6 @@ def test_inference_runs_on_a_folder_of_pictures(bundle, quick, tmp_path):
 
 @pytest.mark.parametrize("bundle", OTHERS)
 def test_the_holdout_can_be_evaluated_alone(bundle, quick, capsys):
-    flow = start(bundle, quick(bundle), run_id="original")
     configs = BUNDLES / bundle / "configs"
     flow = ConfigWorkflow(
         [str(configs / "train.json"), str(configs / "evaluate.json")], logging_file=False, quick=1,

@@ -1,0 +1,58 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: a run of a bundle by its command line, and one CSV row per finished run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("cache", "reference", "train")  # of the cost of unlearning
+
+
+def run(bundle: str, overlays: Sequence[str], dataset_dir: str, folder: Path, **options: object) -> dict:
+    """Run a bundle with overlays and options, and return its report; what ``folder`` holds is not run again."""
+    configs = [f"bundles/{bundle}/configs/train.json"]
+    configs += [f"bundles/{bundle}/configs/methods/{name}.json" for name in overlays]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs)]
+    given = {"dataset_dir": os.path.abspath(dataset_dir), "output_dir": os.path.abspath(folder), "with_retrained": 1}
+    for key, value in (given | options).items():
+        command += [f"--{key}", str(value)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((folder / "report.json").read_text())
+
+
+def costs(report: dict, units: Sequence[str]) -> dict:
+    """The parts of the cost of unlearning and the cost of retraining, in each unit."""
+    return {f"{part}_{unit}": report["cost"][f"{part}_{unit}"] for unit in units for part in (*PARTS, "retrain")}
+
+
+def finished(path: Path) -> list[dict]:
+    """The rows there are."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def append(path: Path, row: dict) -> None:
+    """Add one row; floats get five digits."""
+    row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    rows = [*finished(path), row]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def share(row: dict, unit: str, parts: Sequence[str] = PARTS) -> float:
+    """Cost of unlearning as a share of retraining."""
+    return sum(float(row[f"{part}_{unit}"]) for part in parts) / float(row[f"retrain_{unit}"])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is the head."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
