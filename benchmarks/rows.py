@@ -16,16 +16,19 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("cache", "reference", "train")  # of the cost of unlearning
 
 
-def run(bundle: str, overlays: Sequence[str], dataset_dir: str, folder: Path, **options: object) -> dict:
+def run(
+    bundle: str, overlays: Sequence[str], dataset_dir: str, folder: Path, run_id: str = "run", **options: object
+) -> dict:
     """Run a bundle with overlays and options, and return its report; what ``folder`` holds is not run again."""
     configs = [f"bundles/{bundle}/configs/train.json"]
     configs += [f"bundles/{bundle}/configs/methods/{name}.json" for name in overlays]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs)]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(configs)]
     given = {"dataset_dir": os.path.abspath(dataset_dir), "output_dir": os.path.abspath(folder), "with_retrained": 1}
     for key, value in (given | options).items():
         command += [f"--{key}", str(value)]
     subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((folder / "report.json").read_text())
+    report = folder / "report.json"
+    return json.loads(report.read_text()) if report.exists() else {}
 
 
 def costs(report: dict, units: Sequence[str]) -> dict:

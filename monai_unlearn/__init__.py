@@ -39,6 +39,7 @@ from .lora import (
     mask_logits,
     merge_lora,
     save_adapter,
+    shrink,
 )
 from .losses import (
     ContradictLoss,
@@ -133,6 +134,7 @@ __all__ = [
     "save_adapter",
     "save_weights",
     "seeded",
+    "shrink",
     "to_background",
     "to_random_class",
     "to_random_label",

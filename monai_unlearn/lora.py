@@ -258,6 +258,33 @@ def make_student(
     return inject_lora(student, rank, alpha, scope, seed)
 
 
+def shrink(original: nn.Module, fresh: nn.Module, keep: float) -> nn.Module:
+    """θ ← a·original + (1 − a)·fresh, in every weight and running statistic; all weights of the result train.
+
+    With a = 0 nothing of the original's weights is left, and what the student knows it is taught anew.
+
+    Args:
+        original: plain network with its weights; left as it is.
+        fresh: the same network as it is initialised.
+        keep: a, in [0, 1].
+
+    Raises:
+        ValueError: when a lies outside, or the networks differ.
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"shrink must lie in [0, 1], got {keep}.")
+    student, new = copy.deepcopy(original), fresh.state_dict()
+    if set(new) != set(student.state_dict()):
+        raise ValueError("the fresh network has other weights than the original.")
+    with torch.no_grad():
+        for name, value in student.state_dict().items():
+            if value.is_floating_point():
+                value.mul_(keep).add_(new[name], alpha=1 - keep)
+            else:
+                value.copy_(new[name])
+    return student.requires_grad_(True)
+
+
 def make_restorable(unlearned: nn.Module, scope: str = "head") -> nn.Module:
     """A copy of an unlearned network in which only the head trains: Erase to Retain's gentle restoration (2511.16574).
 

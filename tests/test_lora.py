@@ -38,6 +38,7 @@ from monai_unlearn.lora import (
     merge_lora,
     save_adapter,
     scope_pattern,
+    shrink,
     unfreeze_norm,
 )
 
@@ -360,3 +361,20 @@ def test_statistics_drift_only_where_that_is_asked_for():
         student(image)
         same = all(torch.equal(value, before[name]) for name, value in student.named_buffers())
         assert same == freeze
+
+
+def test_shrinking_mixes_weights_and_statistics_of_two_networks():
+    original, fresh = small_unet(), small_unet(seed=1)
+    before = copy.deepcopy(original.state_dict())
+    half = shrink(original, fresh, 0.25)
+    for name, value in half.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.25 * before[name] + 0.75 * fresh.state_dict()[name])
+    equal(shrink(original, fresh, 1.0).state_dict(), before)
+    equal(shrink(original, fresh, 0.0).state_dict(), fresh.state_dict())
+    equal(original.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in half.parameters())
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        shrink(original, fresh, 1.5)
+    with pytest.raises(ValueError, match="other weights"):
+        shrink(original, nn.Linear(1, 1), 0.5)
