@@ -262,6 +262,12 @@ def prepare(
     if duplicates is not None:  # by their bytes too, now that they are known
         training, holdout = settle_duplicates(training, holdout, duplicates)
     resolution = resolve(request, training, holdout, class_key, known)
+    retained = len({item["group"] for item in resolution.splits["retain"]})
+    if retained < 3 and not reference_models:
+        raise RequestError(
+            f"{retained} groups stay, too few to teach two references on disjoint parts of them. Forget fewer, or give "
+            "--reference_models."
+        )
     empty = sum(item["empty"] for item in inspected)
     if empty:
         resolution.warnings.append(f"{empty} masks are empty; a prediction that is empty too scores 1 there.")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 
+from monai_unlearn.bundle import Stop
 from monai_unlearn.checkpoint import read_weights, weights_digest
 
 HERE = Path(__file__).parent
@@ -107,6 +108,19 @@ def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
         assert record["drift"] and all(value >= 0 for value in record["drift"].values())
 
 
+@pytest.mark.parametrize(
+    ("bundle", "name", "shape"),
+    [("chase_unlearn", "native", (20, 3, 256, 256)), ("chase_unlearn", "paper_256", (5, 3, 256, 256)),
+     ("isic_classification_unlearn", "densenet121", (16, 3, 64, 64)),
+     ("isic_classification_unlearn", "size_180", (16, 3, 180, 180))],
+)  # fmt: skip
+def test_other_sizes_and_networks_train(bundle, name, shape, tmp_path):
+    options = {"original_epochs": 1, "batch_size": 5 if bundle == "chase_unlearn" else 16}
+    flow = start(bundle, tmp_path / "out", name, run_id="original", **options)
+    batch = next(iter(flow.parser.get_parsed_content("train#dataloader")))
+    assert batch["image"].shape == shape and (tmp_path / "out" / "models" / "original.pt").is_file()
+
+
 def test_a_class_is_suppressed_and_judged_on_its_unseen_members(quick, tmp_path):
     folder = Path(shutil.copytree(quick("isic_classification_unlearn"), tmp_path / "output"))
     (tmp_path / "request.yaml").write_text("{job: suppression, selector: {class: vascular lesion}}")
@@ -116,6 +130,17 @@ def test_a_class_is_suppressed_and_judged_on_its_unseen_members(quick, tmp_path)
     assert report["cost"]["reference_seconds"] == 0 and report["membership"] == {}
     assert [row["steps"] for row in report["relearn"]["unlearned"]] == [0, 1, 2, 5, 10, 20, 40]
     assert report["verdict"] in ("FAIL", "INCONCLUSIVE")
+
+
+def test_masks_of_both_observers_become_one_soft_label(tmp_path):
+    flow = start("chase_unlearn", tmp_path / "out", run_id="original", observer="both", original_epochs=1)
+    label = flow.parser.get_parsed_content("validate#dataset")[0]["label"]
+    assert label.shape[0] == 1 and label.unique().tolist() == [0.0, 0.5, 1.0]
+
+
+def test_too_few_children_for_two_references_are_refused_beforehand(tmp_path):
+    with pytest.raises(Stop, match="2 groups stay, too few to teach two references"):
+        start("chase_unlearn", tmp_path / "out", run_id="plan", forget_ids="01L,02L,03L")
 
 
 @pytest.mark.parametrize("bundle", OTHERS)
