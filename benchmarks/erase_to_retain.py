@@ -80,8 +80,13 @@ def table(rows: list[dict], task: str) -> str:
 
     def cell(chosen: list[dict], value) -> str:
         values = [value(row) for row in chosen]
+        if None in values:
+            return "–"  # one patient has a rank and no AUC
         spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
         return f"{sum(values) / len(values):.3f}{spread}"
+
+    def number(row: dict, field: str) -> float | None:
+        return float(row[field]) if row[field] else None
 
     columns = [*SPLITS, "auc"]
     lines = [
@@ -90,13 +95,13 @@ def table(rows: list[dict], task: str) -> str:
     lines.append(["the paper's numbers", *[""] * 7, TASKS[task][2]])
     first = {row["seed"]: row for row in rows}  # original and retrained model are those of the seed
     for model in ("original", "retrained"):
-        cells = [cell(list(first.values()), lambda row, m=model, c=c: float(row[f"{m}_{c}"])) for c in columns]
+        cells = [cell(list(first.values()), lambda row, m=model, c=c: number(row, f"{m}_{c}")) for c in columns]
         lines.append([model, *cells, "1" if model == "retrained" else "", "1" if model == "retrained" else "",
                       str(len(first)), ""])  # fmt: skip
     for name in ROWS_OF.get(task, RUNS):
         chosen = [row for row in rows if row["row"] == name]
         if chosen:
-            cells = [cell(chosen, lambda row, c=c: float(row[f"unlearned_{c}"])) for c in columns]
+            cells = [cell(chosen, lambda row, c=c: number(row, f"unlearned_{c}")) for c in columns]
             costs = [cell(chosen, lambda row, u=u: share(row, u)) for u in ("flops", "seconds")]
             verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
             lines.append([name, *cells, *costs, str(len(chosen)), f"{sentence(chosen)} ({verdicts})"])
