@@ -394,7 +394,7 @@ def test_contradictory_and_double_pictures_are_found_and_named(folders):
     with pytest.raises(DataError) as error:
         settle_duplicates(found["training"], found["test"])
     assert "ISIC_5 (melanoma) = ISIC_5 (nevus)" in str(error.value) and "ISIC_1 (nevus)" in str(error.value)
-    assert "1 pictures stand there with contradictory classes" in str(error.value)
+    assert "1 picture with contradictory classes" in str(error.value)
     training, holdout = settle_duplicates(found["training"], found["test"], "drop")
     read = inspect_items([*training, *holdout], read=read_photograph)
     with pytest.raises(DataError, match=r"ISIC_6 \(nevus\) = ISIC_7 \(melanoma\)"):

@@ -425,7 +425,7 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
 
     ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
     ``train`` (strong phase and restoration). ``audit`` holds the scoring and the training of the judge. An image that
-    only goes forward counts a third.
+    only goes forward counts a third. Of the probes for a suppressed class the seconds are counted and nothing else.
     """
     units = ("seconds", "flops", "images")
 

@@ -176,15 +176,16 @@ def settle_duplicates(
         elif len(found) > 1:
             copies.update(found[1:])
         if len(found) > 1:
-            names = sorted({f"{item_id(everything[index])} ({everything[index].get('diagnosis')})" for index in found})
-            named[tuple(found)] = " = ".join(names)
+            copies_of = [everything[index] for index in found]
+            names = {f"{item_id(item)} ({item.get('diagnosis', item['label'])})" for item in copies_of}
+            named[tuple(found)] = " = ".join(sorted(names))
     if (contradictory or copies) and policy == "refuse":
         kinds = {
             "with contradictory classes": [text for found, text in named.items() if contradictory & set(found)],
             "more than once": [text for found, text in named.items() if not contradictory & set(found)],
         }
         found_texts = [
-            f"{len(texts)} pictures stand there {kind}: {'; '.join(texts[:5])}"
+            f"{len(texts)} picture{'s' if len(texts) > 1 else ''} {kind}: {'; '.join(texts[:5])}"
             + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
             for kind, texts in kinds.items()
             if texts
