@@ -121,7 +121,7 @@ def make_isic_phantom(root: str | Path, number: int = 240, size: int = 128, seed
     return _make(root, recipe, lambda folder: _draw_segmentation(folder, number, size, seed))
 
 
-def make_isic_classification_phantom(root: str | Path, number: int = 324, size: int = 64, seed: int = 0) -> str:
+def make_isic_classification_phantom(root: str | Path, number: int = 270, size: int = 64, seed: int = 0) -> str:
     """Draw a data set that looks like dermoscopy, in the published nine-class layout; no download, no patient.
 
     ``Train`` holds two thirds and ``Test`` one third, each class alike. Patients have one or two pictures, all on one
