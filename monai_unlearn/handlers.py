@@ -171,7 +171,8 @@ class StopAtReference:
 
     Args:
         evaluator: anything with ``run()`` that leaves the scores in ``state.metrics``, higher is better: a MONAI
-            evaluator, or :class:`monai_unlearn.audit.SplitEvaluator`.
+            evaluator, or :class:`monai_unlearn.audit.SplitEvaluator`. Its ``cases`` and ``case_flops()`` count towards
+            the cost of the phase, where it has them.
         reference: the expected-unseen score (audit: q̂). None takes the score before training: a monitor that keeps
             the epoch with the best retain score among those whose forget score has not rebounded.
         network: the network that trains; the best weights are kept in host memory.
@@ -363,6 +364,12 @@ class ResumeEachEpoch:
     def scored(self) -> int:
         """Forward passes that the phase's handlers made to score its network, over all attempts."""
         return sum(handler.scored for handler in self.reporters.values())
+
+    def scored_flops(self) -> int:
+        """What those passes took; whole cases, where training sees patches of them."""
+        return sum(
+            handler.scored * handler.evaluator.case_flops() for handler in self.reporters.values() if handler.scored
+        )
 
     def reports(self) -> dict[str, Any]:
         """What the phase's handlers have to say, ready for JSON."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_unet
+from monai.inferers import SlidingWindowInferer
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from toy import ITEMS, dataset, draw
@@ -40,6 +41,7 @@ from monai_unlearn.audit.page import render
 from monai_unlearn.audit.report import cost_table, judge_suppression, judge_verdict, plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
+from monai_unlearn.engines import forward_flops
 from monai_unlearn.request import DeletionRequest, Resolution, resolve
 
 RNG = np.random.default_rng(0)
@@ -164,6 +166,16 @@ def test_the_evaluator_of_splits_takes_a_fixed_sample():
     other.run()
     assert one.state.metrics == other.state.metrics and one.cases == 10
     assert [i["image"] for i in one.datasets["forget"].data] == [i["image"] for i in other.datasets["retain"].data]
+
+
+def test_a_scored_case_costs_all_the_windows_it_is_cut_into():
+    data = {"forget": dataset()}
+    size = data["forget"][0]["image"].shape[-1]
+    whole = SplitEvaluator(small_unet(), data).case_flops()
+    halves = SplitEvaluator(small_unet(), data, inferer=SlidingWindowInferer(size // 2, overlap=0.0)).case_flops()
+    assert whole == halves == forward_flops(small_unet(), data["forget"][0]["image"])
+    quarters = SplitEvaluator(small_unet(), data, inferer=SlidingWindowInferer(size // 2, overlap=0.5)).case_flops()
+    assert quarters == 9 / 4 * whole
 
 
 # references -----------------------------------------------------------------------------------------------------------

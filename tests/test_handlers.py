@@ -9,11 +9,11 @@ import torch
 from conftest import small_unet
 from ignite.engine import Engine, Events
 from torch import nn
-from toy import plain_trainer, unlearning_trainer
+from toy import draw, plain_trainer, unlearning_trainer
 
 from monai_unlearn.checkpoint import weights_digest
 from monai_unlearn.data import ForgetRetainSampler
-from monai_unlearn.engines import run_phase
+from monai_unlearn.engines import run_phase, training_flops
 from monai_unlearn.handlers import (
     DriftCap,
     NotFiniteError,
@@ -38,6 +38,9 @@ class Scripted:
     def run(self):
         forget, retain = self.scores.pop(0)
         self.state.metrics = {"forget": forget, "retain": retain}
+
+    def case_flops(self):
+        return 7
 
 
 def run_scripted(forget, retain=None, loss=None, **kwargs):
@@ -201,6 +204,11 @@ def test_a_killed_unlearning_resumes_with_its_stop_rule(tmp_path, save_every_epo
     assert record["sha256"] == undisturbed["sha256"]
     assert record["reports"] == undisturbed["reports"]
     assert record["reports"]["stop_at_reference"]["best_epoch"] == 3
+    assert record["flops"] == undisturbed["flops"]
+    scored = 5 * 5  # five times five cases
+    trained = undisturbed["images"] - scored / 3
+    student = make_student(small_unet(), rank=2)
+    assert undisturbed["flops"] == trained * training_flops(student, draw({"image": "0"})["image"]) + scored * 7
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "other phase"])

@@ -6,11 +6,10 @@ from .membership import attack, membership_table, negative_control, rank_test
 from .probes import linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen, reference_parts, regression_reference
 from .report import audit, suppressed_class, write_report
-from .scores import SCORES, SplitEvaluator, cl_dice, f1_scores, score_cases
+from .scores import SplitEvaluator, cl_dice, f1_scores, score_cases
 from .statistics import auc, bootstrap_auc, bootstrap_mean, clopper_pearson, tpr_at_fpr
 
 __all__ = [
-    "SCORES",
     "SplitEvaluator",
     "attack",
     "auc",

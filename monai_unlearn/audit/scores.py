@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import MemoryDataset
+from ..engines import forward_flops
 from ..relabel import probabilities
 
-SCORES = {"segmentation": ("iou", "dice", "loss"), "classification": ("accuracy", "margin", "loss")}
 Rows = dict[str, np.ndarray]
 Inferer = Callable[[Tensor, nn.Module], Tensor]
 MaskMetrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
@@ -219,6 +219,11 @@ class SplitEvaluator:
             self.datasets[name] = MemoryDataset(items, dataset.transform, dataset.store)
         self.cases = sum(len(dataset) for dataset in self.datasets.values())
         self.state = SimpleNamespace(metrics={})
+
+    def case_flops(self) -> int:
+        """Floating-point operations that scoring one case takes, through the inferer where there is one."""
+        image = next(iter(self.datasets.values()))[0]["image"].to(self.device)
+        return forward_flops(self.network, image, self.inferer)
 
     def run(self) -> None:
         """Score; the random state of torch stays as it was."""
