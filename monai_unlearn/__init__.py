@@ -4,6 +4,14 @@
 
 from . import audit
 from .audit import reference_parts, write_report
+from .boundary import (
+    BoundaryRelabel,
+    DenseBoundaryRelabel,
+    InputDomain,
+    LegacyBoundary,
+    PerturbedSignGradient,
+    boundary_margin,
+)
 from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .data import CheckMaskd, FieldOfViewd, ForgetRetainSampler, MarkForgetd, MemoryDataset, OneHotd, cache_outputs
@@ -50,8 +58,9 @@ from .losses import (
     TeacherWeightedBackgroundLoss,
     UnlearningLoss,
 )
-from .preflight import finish, normalise_arguments, prepare, print_plan, record_request
+from .preflight import finish, normalise_arguments, prepare, print_plan, record_request, site_key
 from .relabel import (
+    LabelStore,
     keep_label,
     random_labels,
     to_background,
@@ -66,18 +75,24 @@ from .request import DeletionRequest, Resolution, make_request, manifest, publis
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundaryRelabel",
     "CheckMaskd",
     "ContradictLoss",
     "DeletionRequest",
+    "DenseBoundaryRelabel",
     "DistillationLoss",
     "DivergenceLoss",
     "DriftCap",
     "FieldOfViewd",
     "ForgetRetainSampler",
+    "InputDomain",
+    "LabelStore",
+    "LegacyBoundary",
     "MarkForgetd",
     "MaximumEntropyLoss",
     "MemoryDataset",
     "OneHotd",
+    "PerturbedSignGradient",
     "PhaseProgress",
     "PrepareUnlearning",
     "ReseedEachEpoch",
@@ -93,6 +108,7 @@ __all__ = [
     "as_mask",
     "as_rgb",
     "audit",
+    "boundary_margin",
     "bundle_root",
     "cache_outputs",
     "chase_datalist",
@@ -135,6 +151,7 @@ __all__ = [
     "save_weights",
     "seeded",
     "shrink",
+    "site_key",
     "to_background",
     "to_random_class",
     "to_random_label",

@@ -13,6 +13,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import sys
 import time
@@ -23,16 +24,17 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
-from torch import nn
+from torch import Tensor, nn
 
 from .audit.reference import regression_reference
 from .audit.scores import Inferer, main_score, score_cases
+from .boundary import content_id
 from .checkpoint import CheckpointError, load_weights
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
 from .engines import forward_flops, load_phase, run_phase
 from .handlers import NotFiniteError
-from .relabel import Relabel
+from .relabel import LabelStore, Relabel
 from .request import Item, RequestError, Resolution, item_id
 
 P = ParamSpec("P")
@@ -232,6 +234,7 @@ def unlearning_targets(
     batch_size: int = 32,
     inferer: Inferer | None = None,
     teacher_on_forget: bool = False,
+    label_store: LabelStore | None = None,
 ) -> dict[str, Any]:
     """What the unlearning phase needs to know of the frozen models, computed once on the deterministic view.
 
@@ -247,29 +250,31 @@ def unlearning_targets(
         batch_size: items at a time.
         inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
         teacher_on_forget: whether the forget loss reads the teacher's logits too (its ``uses_teacher``).
+        label_store: where labels that a search makes are kept from one run to the next; None keeps none.
 
     Returns:
         ``values``: the teacher's logits (``teacher``) and the new labels (``forget_label``) by item, for the
         ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`; ``stop_value``: the IoU or accuracy expected of the
-        forget set (:func:`monai_unlearn.audit.regression_reference`), None without a reference; and what it cost:
-        ``seconds``, ``flops``, ``images`` (a forward pass counts a third).
+        forget set (:func:`monai_unlearn.audit.regression_reference`), None without a reference; ``relabelling``: what
+        the relabel reports of its search, if it does; and what it cost: ``seconds``, ``flops``, ``images`` (a forward
+        pass counts a third). Labels that were kept count as if they had been made.
+
+    Raises:
+        CheckpointError: when kept labels do not belong to this network, search and data.
     """
     start = time.perf_counter()
     sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
     retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
     taught = MemoryDataset([*retain.data, *forget.data], transform, store) if teacher_on_forget else retain
     values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)}
-    forwards, stop_at = len(taught), None
+    forwards, stop_at, found = len(taught), None, None
     if isinstance(relabel, Mapping):
         donors = MemoryDataset([relabel[item_id(item)] for item in forget.data], transform, store)
         values["forget_label"] = {store_key(item): donors[index]["label"] for index, item in enumerate(forget.data)}
     elif relabel is not None:
-        labels = {}
-        for index, item in enumerate(forget.data):
-            image, label = (forget[index][key][None].to(device) for key in ("image", "label"))
-            labels[store_key(item)] = relabel(image, label)[0].cpu()
-        values["forget_label"] = labels
-        forwards += len(forget)
+        labels, found = _relabelled(relabel, original, forget, device, batch_size, label_store)
+        values["forget_label"] = {store_key(item): label for item, label in zip(forget.data, labels)}
+        forwards += found.get("passes", len(forget))
     if reference is not None:
         on_forget, on_unseen = (score_cases(reference, one, device, batch_size, inferer) for one in (forget, unseen))
         of_original = score_cases(original, unseen, device, batch_size, inferer)
@@ -278,7 +283,38 @@ def unlearning_targets(
     return {
         "values": values,
         "stop_value": stop_at,
+        "relabelling": found or None,
         "seconds": time.perf_counter() - start,
         "flops": forwards * forward_flops(original, retain[0]["image"].to(device), inferer),
         "images": forwards / 3,
     }
+
+
+def _relabelled(
+    relabel: Relabel,
+    original: nn.Module,
+    forget: MemoryDataset,
+    device: str | torch.device,
+    batch_size: int,
+    label_store: LabelStore | None,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The forget items' new labels, and what the relabel reports."""
+    samples = [forget[index] for index in range(len(forget))]
+    describe, description = getattr(relabel, "describe", None), {}
+    if label_store is not None and describe is not None:
+        seen = [content_id(sample["image"]) + content_id(sample["label"]) for sample in samples]
+        description = label_store.describe(original, describe(), list(zip(forget.data, seen)))
+        kept = label_store.load(description, forget.data)
+        if kept is not None:
+            return kept
+    labels: list[Tensor] = []
+    size = getattr(relabel, "batch_size", batch_size)
+    for _, group in itertools.groupby(samples, lambda sample: (sample["image"].shape, sample["label"].shape)):
+        rows = list(group)
+        for first in range(0, len(rows), size):
+            image, label = (torch.stack([row[key] for row in rows[first : first + size]]) for key in ("image", "label"))
+            labels += relabel(image.to(device), label.to(device)).cpu()
+    report = relabel.report() if hasattr(relabel, "report") else {}
+    if description and label_store is not None:
+        label_store.save(description, forget.data, labels, report)
+    return labels, report

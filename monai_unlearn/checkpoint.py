@@ -67,11 +67,13 @@ def write_json(content: Any, path: str | Path, mode: int = 0o644) -> None:
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path, mode)
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str], mode: int = 0o644
+) -> None:
     """Write tensors as safetensors, atomically."""
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode) as temporary:
         save_file(dict(state), temporary, metadata={"format": "pt", **metadata})
 
 

@@ -20,7 +20,7 @@ class Target(NamedTuple):
 
     Attributes:
         label: probabilities of the prediction's shape, ``(B, C, *spatial)`` or ``(B, C)``; the samples to forget carry
-            their new labels.
+            their new labels; one whose label is −1 throughout has none and adds to no term.
         forget: which samples those are, boolean ``(B,)``.
         teacher: the frozen original's logits in the same shape; None where nothing needs them. Rows of samples to
             forget are read only by a forget loss with ``uses_teacher``.
@@ -85,19 +85,33 @@ class DivergenceLoss(nn.Module):
     """KL(label‖p), the mean over batch and voxels in nats: 0 where the prediction is the label.
 
     With :func:`monai_unlearn.to_uniform` it is KL(u‖p) = −log C − (1/C)·Σ log p_c, the forget term of Erase to Retain's
-    classification experiment (arXiv 2511.16574): 0 at uniform and unbounded. One channel counts as two classes.
+    classification experiment (arXiv 2511.16574): 0 at uniform and unbounded. One channel counts as two classes. At a
+    temperature T it is T²·KL(label‖p at T), for labels that were softened with T.
+
+    Args:
+        temperature: T.
+
+    Raises:
+        ValueError: when T is not positive.
 
     Example:
         >>> round(DivergenceLoss()(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])).item(), 4)  # log 2
         0.6931
     """
 
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        self.temperature = temperature
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Logits and probabilities, ``(B, C, *spatial)`` or ``(B, C)``."""
+        scale, input = self.temperature**2, input / self.temperature
         if input.shape[1] == 1:
             cross = F.binary_cross_entropy_with_logits(input, target, reduction="none")
-            return (cross - torch.special.entr(target) - torch.special.entr(1 - target)).mean()
-        return -(target * input.log_softmax(1) + torch.special.entr(target)).sum(1).mean()
+            return scale * (cross - torch.special.entr(target) - torch.special.entr(1 - target)).mean()
+        return -scale * (target * input.log_softmax(1) + torch.special.entr(target)).sum(1).mean()
 
 
 class MaximumEntropyLoss(nn.Module):
@@ -222,6 +236,7 @@ class UnlearningLoss(nn.Module):
         """Logits ``(B, C, *spatial)`` or ``(B, C)``, and the :class:`Target` of the same batch."""
         forget = target.forget.bool()
         kept = ~forget
+        forget = forget & (target.label != -1).flatten(1).any(1)
         loss = input.new_zeros(())
         if kept.any():
             if self.retain is not None:

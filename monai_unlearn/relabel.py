@@ -3,18 +3,24 @@
 """Towards what: new labels for the samples to forget, as callables ``(image, label) -> label``.
 
 A label has the prediction's shape, ``(B, C, *spatial)`` or ``(B, C)``, and holds probabilities: masks, one-hot,
-uniform and soft labels are one type. A relabel returns a new tensor and leaves its arguments as they are.
+uniform and soft labels are one type. A relabel returns a new tensor and leaves its arguments as they are. A label of −1
+throughout says that the sample gets none and is left out of the forget loss.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .request import item_id
+from .checkpoint import CheckpointError, read_safetensors, weights_digest, write_safetensors
+from .request import item_id, pseudonym
 
 Relabel = Callable[[Tensor, Tensor], Tensor]
 
@@ -119,8 +125,6 @@ def to_random_label(
 
 
 def _generator(seed: int, item: Mapping[str, Any]) -> torch.Generator:
-    import hashlib
-
     digest = hashlib.sha256(f"{seed}:{item_id(item)}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -193,3 +197,71 @@ def probabilities(logits: Tensor) -> Tensor:
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+class LabelStore:
+    """New labels on disk, for a search that is made once: one file for each network, search and set of samples.
+
+    Samples stand in it under their pseudonyms, and what they looked like under a keyed hash, so without the site's key
+    nobody can tell whose labels these are.
+
+    Args:
+        folder: should be readable by its owner only, such as ``private/labels``.
+        key: the site's, see :func:`monai_unlearn.site_key`.
+    """
+
+    def __init__(self, folder: str | Path, key: bytes) -> None:
+        self.folder, self.key = Path(folder), key
+
+    def describe(
+        self, network: nn.Module, search: Mapping[str, Any], samples: Sequence[tuple[Mapping[str, Any], str]]
+    ) -> dict[str, Any]:
+        """What labels belong to.
+
+        Args:
+            network: the original that is searched.
+            search: everything that decides the labels beside it.
+            samples: each item with the sha256 of what the search sees of it.
+        """
+        images = {
+            pseudonym(self.key, item_id(item)): hmac.new(self.key, seen.encode(), hashlib.sha256).hexdigest()
+            for item, seen in samples
+        }
+        return {"network": weights_digest(network.state_dict()), "search": dict(search), "images": images}
+
+    def path(self, description: Mapping[str, Any]) -> Path:
+        """The file for these labels."""
+        text = json.dumps(description, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+    def load(
+        self, description: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """The labels of the items in their order, and what was said of the search; None where nothing is stored.
+
+        Raises:
+            CheckpointError: when the file is damaged or holds the labels of something else.
+        """
+        path = self.path(description)
+        if not path.is_file():
+            return None
+        state, metadata = read_safetensors(path)
+        if metadata.get("description") != json.dumps(description, sort_keys=True):
+            raise CheckpointError(f"{path} holds labels of another network, search or data; remove it and run again.")
+        if metadata.get("sha256") != weights_digest(state):
+            raise CheckpointError(f"{path} changed since it was written (sha256 differs); remove it and run again.")
+        return [state[pseudonym(self.key, item_id(item))] for item in items], json.loads(metadata["report"])
+
+    def save(
+        self,
+        description: Mapping[str, Any],
+        items: Sequence[Mapping[str, Any]],
+        labels: Sequence[Tensor],
+        report: Mapping[str, Any],
+    ) -> None:
+        """Write the labels of the items, and what is to be said of the search."""
+        state = {pseudonym(self.key, item_id(item)): label.contiguous() for item, label in zip(items, labels)}
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        metadata = {"description": json.dumps(description, sort_keys=True), "report": json.dumps(report),
+                    "sha256": weights_digest(state)}  # fmt: skip
+        write_safetensors(state, self.path(description), metadata, mode=0o600)

@@ -15,6 +15,7 @@ from torch import nn
 from toy import ITEMS, draw
 
 import monai_unlearn
+from monai_unlearn import BoundaryRelabel, LabelStore, PerturbedSignGradient
 from monai_unlearn.bundle import Stop, bundle_root, fingerprint, plain_errors, running_parser, unlearning_targets
 from monai_unlearn.checkpoint import CheckpointError
 from monai_unlearn.datasets import DataError
@@ -231,6 +232,37 @@ def test_what_the_unlearning_needs_is_computed_once_and_costs_what_it_says():
     donors = {item["image"]: items[1] for item in forget}
     drawn = unlearning_targets(original, donors, resolution, draw)["values"]["forget_label"]
     assert all((label == draw(items[1])["label"]).all() for label in drawn.values())
+
+
+def test_a_search_is_made_once_for_a_network_and_its_data_and_counts_its_passes(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_unet()
+
+        def forward(self, image):
+            z = self.network(image)
+            return torch.cat([-z, z], 1).mean((2, 3))
+
+    def two_classes(item):
+        return {**draw(item), "label": torch.eye(2)[int(item["image"]) % 2]}
+
+    items = [{**item, "group": item["image"]} for item in ITEMS]
+    resolution = Resolution(DeletionRequest({"ids": ["a"]}), items, [{**items[1], "image": "60"}], [], {})
+    original, store, found = Two(), LabelStore(tmp_path, b"k" * 32), []
+    for _ in range(2):
+        relabel = BoundaryRelabel(PerturbedSignGradient(original))
+        found.append((unlearning_targets(original, relabel, resolution, two_classes, label_store=store), relabel))
+    (first, searched), (again, idle) = found
+    for item in items:
+        if item["forget"]:
+            key = (item["image"], "m")
+            assert first["values"]["forget_label"][key].tolist() == [0, 1][:: 1 if int(item["image"]) % 2 == 0 else -1]
+            torch.testing.assert_close(first["values"]["forget_label"][key], again["values"]["forget_label"][key])
+    assert idle.search.forwards == 0 and again["flops"] == first["flops"]
+    assert again["relabelling"] == first["relabelling"] == searched.report()
+    assert first["images"] == pytest.approx((9 + searched.search.forwards + searched.search.backwards) / 3)
+    assert [path.stat().st_mode & 0o077 for path in tmp_path.glob("*.safetensors")] == [0]
 
 
 # preparing ------------------------------------------------------------------------------------------------------------

@@ -191,6 +191,29 @@ def test_divergence_to_a_label_equals_torchs_own(shape):
     torch.testing.assert_close(DivergenceLoss()(logits, label), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 1, 3, 3)])
+def test_divergence_at_a_temperature_is_the_distillation_of_a_label_softened_with_it(shape):
+    logits, teacher = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    softened = (teacher / 3).sigmoid() if shape[1] == 1 else (teacher / 3).softmax(1)
+    expected = DistillationLoss(3.0, guard_weight=0.0)(logits, teacher)
+    torch.testing.assert_close(DivergenceLoss(3.0)(logits, softened), expected)
+    with pytest.raises(ValueError, match="temperature"):
+        DivergenceLoss(0)
+
+
+def test_a_sample_to_forget_that_has_no_label_adds_to_no_term():
+    logits = torch.randn(4, 3, requires_grad=True)
+    label = torch.eye(3)[[0, 1, 2, 0]]
+    loss = UnlearningLoss(nn.CrossEntropyLoss(), DivergenceLoss(), forget_weight=2.0)
+    label[0] = -1
+    flags = torch.tensor([True, True, False, False])
+    whole = loss(logits, Target(label, flags))
+    torch.testing.assert_close(whole, loss(logits[1:], Target(label[1:], flags[1:])))
+    assert torch.autograd.grad(whole, logits)[0][0].abs().sum() == 0
+    nothing = loss(logits[:1], Target(label[:1], flags[:1]))
+    assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().sum() == 0
+
+
 def test_divergence_to_uniform_has_its_closed_form_and_is_unbounded():
     logits = torch.randn(4, 9, dtype=torch.float64)
     uniform = to_uniform(None, torch.zeros_like(logits))

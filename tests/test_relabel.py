@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from monai_unlearn.checkpoint import CheckpointError
 from monai_unlearn.relabel import (
+    LabelStore,
     keep_label,
     probabilities,
     random_labels,
@@ -135,3 +137,44 @@ def test_a_reference_may_look_through_a_window():
         to_reference(network, inferer=inferer)(image, image[:, :1]), to_reference(network)(image, image[:, :1])
     )
     assert seen == [network]
+
+
+# kept labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_kept_labels_come_back_for_the_same_network_search_and_data_only(tmp_path):
+    store, network = LabelStore(tmp_path, b"k" * 32), nn.Linear(2, 3)
+    items = [{"image": f"/data/patient_{i}.png", "image_id": f"patient_{i}"} for i in range(3)]
+    samples = list(zip(items, "abc"))
+    labels = list(torch.rand(3, 4))
+    description = store.describe(network, {"epsilon": 0.1}, samples)
+    assert store.load(description, items) is None
+    store.save(description, items, labels, {"passes": 7})
+    kept, report = store.load(description, items[::-1])
+    assert report == {"passes": 7} and all(torch.equal(a, b) for a, b in zip(kept, labels[::-1]))
+    assert b"patient" not in store.path(description).read_bytes()
+    for other in (
+        store.describe(nn.Linear(2, 3), {"epsilon": 0.1}, samples),
+        store.describe(network, {"epsilon": 0.2}, samples),
+        store.describe(network, {"epsilon": 0.1}, list(zip(items, "abd"))),
+        store.describe(network, {"epsilon": 0.1}, samples[:2]),
+        LabelStore(tmp_path, b"q" * 32).describe(network, {"epsilon": 0.1}, samples),
+    ):
+        assert store.load(other, items) is None  # another file
+        store.path(description).rename(tmp_path / "aside")
+        (tmp_path / "aside").rename(store.path(other))
+        with pytest.raises(CheckpointError, match="another network, search or data"):
+            store.load(other, items)
+        store.path(other).rename(store.path(description))
+
+
+def test_kept_labels_that_changed_are_refused(tmp_path):
+    store, items = LabelStore(tmp_path, b"k" * 32), [{"image": "a.png"}]
+    description = store.describe(nn.Linear(1, 1), {}, [(items[0], "a")])
+    store.save(description, items, [torch.tensor([0.25])], {})
+    path = store.path(description)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="changed since it was written"):
+        store.load(description, items)

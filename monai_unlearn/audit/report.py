@@ -149,6 +149,7 @@ def audit(
         "stop": phases.get("unlearn", {}).get("reports", {}).get("stop_at_reference"),
         "restoration": phases.get("restore", {}).get("reports", {}).get("stop_at_reference"),
         "drift": phases.get("unlearn", {}).get("drift"),
+        "relabelling": phases.get("cache", {}).get("relabelling"),
         "cost": cost_table(phases, spent),
         "verdict": verdict,
         "reasons": reasons,
