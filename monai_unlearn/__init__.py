@@ -14,6 +14,7 @@ from .boundary import (
 )
 from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
+from .compose import Rule, compose_networks, compose_state_dicts
 from .data import CheckMaskd, FieldOfViewd, ForgetRetainSampler, MarkForgetd, MemoryDataset, OneHotd, cache_outputs
 from .datasets import (
     as_mask,
@@ -98,6 +99,7 @@ __all__ = [
     "ReseedEachEpoch",
     "Resolution",
     "ResumeEachEpoch",
+    "Rule",
     "StopAtReference",
     "StopWhenNotFinite",
     "Target",
@@ -112,6 +114,8 @@ __all__ = [
     "bundle_root",
     "cache_outputs",
     "chase_datalist",
+    "compose_networks",
+    "compose_state_dicts",
     "content",
     "fingerprint",
     "finish",

@@ -607,7 +607,7 @@ class LegacyBoundary:
 
     One step of ε on the 8-bit picture from the gradient of the batch's mean cross-entropy; the noise is not scaled to
     it, the closeness term compares the normalised with the unnormalised picture, and a sample that does not cross is
-    taught its own class again. Depends on the batch.
+    taught its own class again. Depends on the batch, and draws its noise from torch's random state.
 
     Args:
         network: the original.
@@ -616,16 +616,14 @@ class LegacyBoundary:
         epsilon: of intensities in [0, 1].
         noise: γ.
         closeness: λ.
-        seed: of the noise.
     """
 
     def __init__(
         self, network: nn.Module, mean: Sequence[float], std: Sequence[float], epsilon: float = 0.1,
-        noise: float = 1e-4, closeness: float = 0.0, seed: int = 0,
+        noise: float = 1e-4, closeness: float = 0.0,
     ) -> None:  # fmt: skip
         self.network, self.epsilon, self.noise, self.closeness = network, epsilon, noise, closeness
         self.mean, self.std = tuple(mean), tuple(std)
-        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (image.ndim - 2)
@@ -635,8 +633,8 @@ class LegacyBoundary:
             loss = F.cross_entropy(self.network(normalised), label.argmax(1))
             gradient = torch.autograd.grad(loss, normalised)[0]
             picture = image * std + mean
-            noise = torch.randn(image.shape, generator=self.generator).to(image)
-            direction = (gradient + self.closeness * (image - picture) + self.noise * noise).sign()
+            noise = self.noise * torch.randn_like(image)
+            direction = (gradient + self.closeness * (image - picture) + noise).sign()
             moved = (picture + self.epsilon * direction).clamp(0, 1)
             with torch.no_grad():
                 said = self.network(((moved * 255).round() / 255 - mean) / std)

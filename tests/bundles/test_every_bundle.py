@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 BUNDLES = HERE.parents[1] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
 OTHERS = [name for name in NAMES if name != "isic_unlearn"]  # which has a file of tests of its own
-UNCHANGED = ("identity", "learning_rate_zero")
+UNCHANGED = ("identity", "learning_rate_zero", "restore_buffers")
 SUPPRESSION = ("delete", "logit_mask")
 OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "native", "paper_256", "size_180")
 FORGET = {"chase_unlearn": "02L", "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005"}
