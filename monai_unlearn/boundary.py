@@ -323,8 +323,8 @@ class PerturbedSignGradient:
                     self.backwards += len(rows)
                     walk.advance(rows[going], gradient)
                 rows = rows[going]
-            if self.bisection:
-                self._bisect(walk, (route <= 1) & (walk.steps > 0), source, allowed, new, logits)
+            if self.bisection and (across := (route <= 1) & (walk.steps > 0)).any():
+                self._bisect(walk, across, source, allowed, new, logits)
         stayed = route == ROUTES.index("runner_up")
         walk.at[stayed] = image[stayed]
         new[stayed] = logits.masked_fill(~allowed, -torch.inf).argmax(1)[stayed]

@@ -526,7 +526,12 @@ def test_a_class_hidden_in_the_head_alone_is_found_by_the_probe(tmp_path):
     assert hidden["verdict"] == "FAIL" and "head only" in hidden["reasons"][0]
     assert hidden["expected_unseen"] == 0 and hidden["membership"] == {}
     text = Path(write_report(hidden, tmp_path)).read_text()
-    assert "Is c gone?" in text and "F1 of each class" in text
+    for title in ("Is c gone?", "F1 of each class", "Where the forgotten cases went", "Decision regions"):
+        assert title in text
+    embedded = hidden["_figures"]["embedded"]
+    assert set(embedded) == {"original", "unlearned", "retrained"}
+    assert embedded["original"]["points"].shape == (30, 2) and embedded["original"]["forget"].sum() == 10
+    assert not (embedded["unlearned"]["predicted"] == 2).any() and (embedded["original"]["predicted"] == 2).sum() == 10
     still = suppression_of(Brightness(), Brightness(blind=2))
     assert still["verdict"] == "FAIL" and "still found" in still["reasons"][0]
 
@@ -547,6 +552,15 @@ def test_a_suppressed_class_is_judged_by_its_unseen_members_the_others_and_the_p
     assert "over-forgotten" in suppression_verdict(probe=(0.95, 0.5, 0.7))[1][0]
     assert "cannot tell" in suppression_verdict(probe=(0.95, 0.94, 0.9))[1][0]
     assert suppression_verdict(probe=(0.95, 0.9))[0] == "INCONCLUSIVE"
+
+
+def test_what_a_search_did_is_told_on_the_page(tmp_path):
+    report = suppression_of(Brightness(blind=2), Brightness(blind=2))
+    report["relabelling"] = {
+        "routes": {"crossed": 8, "grown": 0, "runner_up": 2}, "destinations": {"0": 1, "1": 9}, "mean_steps": 4.25
+    }  # fmt: skip
+    text = render(report)
+    assert "1 a, 9 b. How they were found: 8 crossed, 2 runner up; 4.2 steps on average" in text
 
 
 def test_only_a_class_of_the_model_can_be_suppressed():

@@ -301,6 +301,12 @@ def test_where_there_is_no_third_class_the_sample_is_left_out():
     assert found.label.item() == -1 and torch.isfinite(found.point).all()
 
 
+def test_where_nothing_crosses_there_is_nothing_to_halve():
+    network = Affine([[1.0, -1.0], [0.0, 0.0]], [99.0, 0.0])
+    found = PerturbedSignGradient(network, epsilon=1, bisection=3, **QUIET)(torch.zeros(1, 2, 1), classes([0], 2))
+    assert ROUTES[found.route.item()] == "runner_up"
+
+
 def test_bisection_lies_closer_and_stays_across():
     image = samples()
     network = ready(convolutional(), image)

@@ -3,7 +3,7 @@
 """Did it work: scores, membership attacks, statistics, a verdict and a report."""
 
 from .membership import attack, membership_table, negative_control, rank_test
-from .probes import linear_probe, penultimate_features, relearn_class
+from .probes import embed, linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen, reference_parts, regression_reference
 from .report import audit, suppressed_class, write_report
 from .scores import SplitEvaluator, cl_dice, f1_scores, score_cases
@@ -19,6 +19,7 @@ __all__ = [
     "cl_dice",
     "clopper_pearson",
     "completeness",
+    "embed",
     "expected_unseen",
     "f1_scores",
     "linear_probe",

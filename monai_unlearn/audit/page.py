@@ -4,22 +4,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from . import figures
 
-COLOURS = {
-    "original": "#2b6cb0",
-    "unlearned": "#2f855a",
-    "retrained": "#b7791f",
-    "judge": "#718096",
-    "reference": "#805ad5",
-}
-LABELS = {"iou": "IoU", "margin": "margin of the true class", "accuracy": "accuracy"}
 VERDICTS = {"NOT REFUTED": "#2f855a", "INCONCLUSIVE": "#b7791f", "FAIL": "#c53030"}
 SENTENCES = {
     "NOT REFUTED": "No test found a trace of the forgotten cases beyond what a model that never saw them would show.",
@@ -36,138 +26,6 @@ th:first-child,td:first-child{text-align:left}
 th{font-weight:600;background:#f7fafc}.ci{color:#718096;font-size:.85em}img{max-width:100%}
 p.note,li{color:#4a5568}
 """
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _distributions(scores: Mapping[str, Any], score: str, target: float | None) -> str:
-    figure, axes = _figure(1, 3, 11, 3)
-    for axis, split in zip(axes[0], ("forget", "holdout", "retain")):
-        for name in ("original", "unlearned", "retrained"):
-            if name in scores:
-                values = np.sort(scores[name][split][score])
-                share = np.arange(1, len(values) + 1) / len(values)
-                axis.step(values, share, where="post", color=COLOURS[name], label=name)
-        if split == "forget" and score == "iou" and target is not None:
-            axis.axvline(target, color="#1a202c", linestyle=":", label="expected of unseen")
-        axis.set(title=split, xlabel=f"{LABELS[score]} of a case", ylim=(0, 1))
-        if score == "iou":
-            axis.set(xlim=(0, 1))
-    axes[0][0].set_ylabel("share of cases at or below")
-    axes[0][0].legend(fontsize=8)
-    return _png(figure)
-
-
-def _class_bars(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
-    """F1 of each class for original, unlearned and retrained model on forget, retain and holdout."""
-    figure, axes = _figure(3, 1, 10, 7)
-    names = [name for name in ("original", "unlearned", "retrained") if name in scores]
-    for (axis,), split in zip(axes, ("forget", "retain", "holdout")):
-        for place, name in enumerate(names):
-            f1 = scores[name][split]["f1_per_class"]
-            heights = [f1[kind] or 0.0 for kind in classes]
-            axis.bar(np.arange(len(classes)) + 0.27 * (place - 1), heights, 0.25, color=COLOURS[name], label=name)
-        axis.set(ylabel=f"F1, {split}", ylim=(0, 1), xticks=range(len(classes)), xticklabels=[])
-    axes[-1][0].set_xticklabels(classes, rotation=25, ha="right", fontsize=8)
-    axes[0][0].legend(fontsize=8, ncols=3)
-    return _png(figure)
-
-
-def _trajectory(stop: Mapping[str, Any], restoration: Mapping[str, Any] | None) -> str:
-    """Forget and retain score over the epochs of both phases, with the reference and the epochs that were kept."""
-    figure, axes = _figure(1, 1, 7, 3)
-    axis, history = axes[0][0], list(stop["history"])
-    if restoration:
-        strong = history[-1]["epoch"]
-        history += [{**entry, "epoch": strong + entry["epoch"]} for entry in restoration["history"]]
-        axis.axvspan(strong, history[-1]["epoch"], color="#edf2f7", label="restoration")
-        axis.axvline(strong + restoration["best_epoch"], color="#718096", linewidth=1)
-    epochs = [entry["epoch"] for entry in history]
-    axis.plot(epochs, [entry["forget"] for entry in history], "o-", color="#c53030", label="forget set")
-    if "retain" in history[0]:
-        axis.plot(epochs, [entry["retain"] for entry in history], "o-", color="#2f855a", label="retained sample")
-    axis.axhline(stop["reference"], color="#1a202c", linestyle=":", label="reference")
-    axis.axvline(stop["best_epoch"], color="#718096", linewidth=1, label="kept")
-    axis.set(xlabel="epoch", ylabel="mean score")
-    axis.legend(fontsize=8)
-    return _png(figure)
-
-
-def _relearning(curves: Mapping[str, Any]) -> str:
-    figure, axes = _figure(1, 1, 7, 3)
-    for name, curve in curves.items():
-        axes[0][0].plot(
-            [at["steps"] for at in curve], [at["f1"] for at in curve], "o-", color=COLOURS[name], label=name
-        )
-    axes[0][0].set(xlabel="steps on five examples", ylabel="F1 on unseen cases", ylim=(0, 1))
-    axes[0][0].legend(fontsize=8)
-    return _png(figure)
-
-
-def _drift(moved: Mapping[str, float], most: int = 12) -> str:
-    layers = sorted(moved, key=lambda name: moved[name])[-most:]
-    figure, axes = _figure(1, 1, 7, 0.28 * len(layers) + 0.8)
-    axes[0][0].barh(range(len(layers)), [moved[name] for name in layers], color=COLOURS["unlearned"])
-    axes[0][0].set(yticks=range(len(layers)), xlabel="‖ΔW‖ / ‖W‖")
-    axes[0][0].set_yticklabels(layers, fontsize=7)
-    return _png(figure)
-
-
-def _shown(image: np.ndarray) -> np.ndarray:
-    image = image.transpose(1, 2, 0)
-    image = (image - image.min()) / max(float(np.ptp(image)), 1e-6)
-    return image if image.shape[2] == 3 else image[..., 0]
-
-
-def _mask_cases(cases: list[dict[str, Any]]) -> str:
-    figure, axes = _figure(len(cases), 5, 13, 2.2 * len(cases))
-    for row, case in zip(axes, cases):
-        picture = _shown(case["image"])
-        for axis in row[:4]:
-            axis.imshow(picture, cmap="gray")
-        for axis, key, colour in (
-            (row[1], "label", "#e53e3e"),
-            (row[2], "original", "#3182ce"),
-            (row[3], "unlearned", "#38a169"),
-        ):
-            axis.contour(case[key][-1], levels=[0.5], colors=[colour], linewidths=1.0)
-        row[4].imshow(np.abs(case["original"][-1] - case["unlearned"][-1]), cmap="magma", vmin=0, vmax=1)
-        row[0].set_ylabel(case["split"], fontsize=9)
-        for axis, name, letter in ((row[2], "original", "T"), (row[3], "unlearned", "S")):
-            score = case["scores"][name]
-            axis.set_xlabel(f"{letter}_fg {score['confidence']:.2f} · IoU {score['iou']:.2f}", fontsize=8)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ("image", "truth", "original (T)", "unlearned (S)", "|T − S|")):
-        axis.set_title(title, fontsize=9)
-    return _png(figure)
-
-
-def _class_cases(cases: list[dict[str, Any]], classes: Sequence[str]) -> str:
-    figure, axes = _figure(len(cases), 2, 9, 1.9 * len(cases))
-    for row, case in zip(axes, cases):
-        row[0].imshow(_shown(case["image"]), cmap="gray")
-        row[0].set_ylabel(case["split"], fontsize=9)
-        row[0].set(xticks=[], yticks=[], xlabel=classes[int(case["scores"]["original"]["true"])])
-        for place, name in enumerate(("original", "unlearned")):
-            row[1].bar(np.arange(len(classes)) + 0.4 * place, case[name], 0.38, color=COLOURS[name], label=name)
-        row[1].set(ylim=(0, 1), xticks=range(len(classes)), xticklabels=[])
-    axes[-1][1].set_xticklabels(classes, rotation=25, ha="right", fontsize=7)
-    axes[0][1].legend(fontsize=8)
-    return _png(figure)
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -226,14 +84,25 @@ def _suppression(report: Mapping[str, Any]) -> list[str]:
         f"<p class=note>{found['unseen_members']} unseen members of the class. The probe looks for it in the features "
         "that the last layer reads; .5 means it is not there.</p>",
         "<h2>How fast five examples bring it back</h2>",
-        _relearning(report["relearn"]),
+        figures.relearning(report["relearn"]),
+    ]
+
+
+def _relabelling(found: Mapping[str, Any] | None, classes: Sequence[str]) -> list[str]:
+    if not found or "routes" not in found:
+        return []
+    went = ", ".join(f"{count} {html.escape(classes[int(c)])}" for c, count in found["destinations"].items())
+    routes = ", ".join(f"{count} {route.replace('_', ' ')}" for route, count in found["routes"].items() if count)
+    return [
+        f"<p class=note>Labels across the boundary: {went}. How they were found: {routes}; "
+        f"{_number(found['mean_steps'], 1)} steps on average.</p>"
     ]
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The page, from a report of :func:`monai_unlearn.audit.audit`."""
     scores, splits = report["scores"], [name for name in report["splits"] if report["splits"][name]]
-    figures = report.get("_figures", {})
+    data = report.get("_figures", {})
     key = "mean_iou" if "mean_iou" in scores["original"]["holdout"] else "accuracy"
     rows = [
         [name, *(f"{_number(scores[name][split][key])}{_interval(scores[name][split]['ci'])}" for split in splits)]
@@ -257,23 +126,33 @@ def render(report: Mapping[str, Any]) -> str:
     ]
     if report.get("suppression"):
         parts += _suppression(report)
-    if "scores" in figures:
+    if "scores" in data:
         score = "iou" if key == "mean_iou" else "margin"
-        drawn = _distributions(figures["scores"], score, report["expected_unseen"])
-        parts += ["<h2>Scores case by case</h2>", drawn]
-    if key == "accuracy" and figures.get("classes"):
-        parts += ["<h2>F1 of each class</h2>", _class_bars(scores, figures["classes"])]
+        picture = figures.distributions(data["scores"], score, report["expected_unseen"])
+        parts += ["<h2>Scores case by case</h2>", picture]
+    if key == "accuracy" and data.get("classes"):
+        parts += ["<h2>F1 of each class</h2>", figures.class_bars(scores, data["classes"])]
+        parts += ["<h2>Where the forgotten cases went</h2>", figures.destinations(data["scores"], data["classes"])]
+        parts += _relabelling(report.get("relabelling"), data["classes"])
+    if data.get("embedded"):
+        parts += [
+            "<h2>Decision regions</h2>",
+            figures.decision_regions(data["embedded"], data["classes"]),
+            "<p class=note>The features that the last layer reads, in two dimensions (t-SNE), each model by itself. "
+            "Stars: forgotten cases, circles: a sample of the retained; colour: what the model says; edge: the truth "
+            "where it says something else; background: the vote of the five nearest cases.</p>",
+        ]
     if report["membership"]:
         parts += _membership(report)
     if (report.get("stop") or {}).get("history"):
-        parts += ["<h2>The way there</h2>", _trajectory(report["stop"], report.get("restoration"))]
+        parts += ["<h2>The way there</h2>", figures.trajectory(report["stop"], report.get("restoration"))]
     if report.get("drift"):
-        parts += ["<h2>Which layers moved most</h2>", _drift(report["drift"])]
-    if figures.get("cases"):
+        parts += ["<h2>Which layers moved most</h2>", figures.drift(report["drift"])]
+    if data.get("cases"):
         is_mask = key == "mean_iou"
-        drawn = _mask_cases(figures["cases"]) if is_mask else _class_cases(figures["cases"], figures["classes"])
+        picture = figures.mask_cases(data["cases"]) if is_mask else figures.class_cases(data["cases"], data["classes"])
         note = "<p class=note>T_fg and S_fg: mean probability inside the truth.</p>" if is_mask else ""
-        parts += ["<h2>Cases</h2>", drawn, note]
+        parts += ["<h2>Cases</h2>", picture, note]
     parts += [
         "<h2>Cost</h2>",
         _cost(report["cost"]),

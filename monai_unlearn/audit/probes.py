@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,51 @@ def penultimate_features(
         for module, mode in modes.items():
             module.training = mode
     return torch.cat(found).numpy()
+
+
+def embed(
+    network: nn.Module,
+    datasets: Mapping[str, MemoryDataset],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    device: str | torch.device = "cpu",
+    most: int = 250,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The features of forget and retained cases in two dimensions: PCA to 50, then t-SNE; below 30 cases PCA alone.
+
+    Args:
+        network: a classifier, left as it is.
+        datasets: ``forget`` and ``retain``.
+        scores: of the same network on them, :func:`score_cases`.
+        device: where to compute.
+        most: cases of each; a fixed sample is drawn of more.
+        seed: of sample and t-SNE.
+
+    Returns:
+        ``points`` ``(N, 2)``, ``predicted``, ``true`` and ``forget`` ``(N,)``.
+
+    Raises:
+        ValueError: when the head of the architecture is not known.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    features = []
+    found: dict[str, list[np.ndarray]] = {"predicted": [], "true": [], "forget": []}
+    for name in ("retain", "forget"):
+        dataset = datasets[name]
+        chosen = sorted(random.Random(seed).sample(range(len(dataset)), min(most, len(dataset))))
+        part = MemoryDataset([dataset.data[index] for index in chosen], dataset.transform, dataset.store)
+        features.append(penultimate_features(network, part, device))
+        for key in ("predicted", "true"):
+            found[key].append(scores[name][key][chosen])
+        found["forget"].append(np.full(len(chosen), name == "forget"))
+    points = np.concatenate(features)
+    points = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
+    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a network may have a single feature
+    if len(points) >= 30:
+        points = TSNE(init="pca", random_state=seed, perplexity=min(30, len(points) // 4)).fit_transform(points)
+    return {"points": points[:, :2], **{key: np.concatenate(values) for key, values in found.items()}}
 
 
 def linear_probe(

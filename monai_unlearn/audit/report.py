@@ -23,7 +23,7 @@ from ..relabel import probabilities
 from ..request import Resolution
 from .membership import SIGNS, attacked_score, membership_table, negative_control, rank_test
 from .page import render
-from .probes import linear_probe, penultimate_features, relearn_class
+from .probes import embed, linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen
 from .scores import Inferer, MaskMetrics, f1_scores, main_score, score_cases, summary
 from .statistics import bootstrap_mean, group_means
@@ -165,6 +165,13 @@ def audit(
     report = plain(report)
     report["_figures"] = {
         "scores": scores,
+        "embedded": {}
+        if not classes
+        else {
+            name: embed(models[name], datasets, scores[name], device, seed=seed)
+            for name in ("original", "retrained", "unlearned")
+            if name in models
+        },
         "cases": _example_cases(models, datasets, scores, device, show_forget, inferer),
         "classes": list(classes),
     }
