@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from monai_unlearn import InputDomain, LegacyBoundary, MemoryDataset, PerturbedSignGradient, load_weights
 from monai_unlearn.boundary import searching
+from monai_unlearn.engines import forward_flops
 
 ROWS = Path(__file__).with_suffix(".csv")
 BUNDLE = "isic_classification_unlearn"
@@ -74,15 +75,23 @@ def nearest(network: nn.Module, image: Tensor, own: Tensor, rounds: int = 8, ste
     return found
 
 
+def input_gradient_flops(network: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of the backward pass to one sample ``(C, H, W)``, weights left out."""
+    with searching(network), FlopCounterMode(display=False) as counter:
+        network(image[None].clone().requires_grad_()).sum().backward()
+    return counter.get_total_flops() - forward_flops(network, image)
+
+
 def labels_of(method: str, network: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The labels a method finds, the share of samples that crossed, and mean steps and distance."""
+    """The labels a method finds, the share of samples that crossed, mean steps and distance, and passes an image."""
     if method in (PUBLISHED, MISTAKEN):
         mean, std = ((0.5,), (0.5,)) if method == PUBLISHED else WRONG
         torch.manual_seed(0)
         legacy = LegacyBoundary(network, mean, std)
         pairs = zip(image.split(64), label.split(64))
         new = torch.cat([legacy(*pair) for pair in pairs]).argmax(1)
-        return new, {"crossed": float((new != label.argmax(1)).float().mean()), "steps": 1.0, "distance": 0.1}
+        crossed = float((new != label.argmax(1)).float().mean())
+        return new, {"crossed": crossed, "steps": 1.0, "distance": 0.1, "forwards": 2.0, "backwards": 1.0}
     if method == "boundary shrink":
         search = PerturbedSignGradient.boundary_shrink(network, DOMAIN)
     else:
@@ -94,6 +103,8 @@ def labels_of(method: str, network: nn.Module, image: Tensor, label: Tensor) -> 
         "crossed": float(crossed.float().mean()),
         "steps": float(found.steps.float().mean()),
         "distance": float(found.distance[crossed].mean()) if crossed.any() else 0.0,
+        "forwards": search.forwards / len(image),
+        "backwards": search.backwards / len(image),
     }
 
 
@@ -120,15 +131,15 @@ def measure(name: str, dataset_dir: str, folder: Path, number: int) -> list[dict
         start = time.perf_counter()
         new, facts = labels_of(method, network, image, label)
         seconds = time.perf_counter() - start
-        with FlopCounterMode(display=False) as counter:
-            labels_of(method, network, image[:32], label[:32])
+        flops = facts["forwards"] * forward_flops(network, image[0])
+        flops += facts["backwards"] * input_gradient_flops(network, image[0])
         repeated = PASSES if method in (PUBLISHED, MISTAKEN) else 1
         reached = truth >= 0
         rows.append({
             "network": name, "method": method, "images": len(image), "threads": torch.get_num_threads(),
             "agreement": float((new == truth)[reached].float().mean()), **facts,
             "own_again": float((new == own).float().mean()), "truth_found": float(reached.float().mean()),
-            "flops_per_image": counter.get_total_flops() / 32 * repeated, "seconds_per_image": seconds / len(image),
+            "flops_per_image": flops * repeated, "seconds_per_image": seconds / len(image),
         })  # fmt: skip
     return rows
 

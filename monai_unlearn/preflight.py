@@ -142,6 +142,10 @@ def normalise_arguments() -> None:
     try:
         for key, (default, *others) in _shipped_config(Path(workflow.config_root_path)).items():
             value = workflow.parser.get(key, default)
+            if isinstance(default, str) and default.startswith("$int(") and value != default:  # a computed number
+                value = {"true": 1, "false": 0}.get(str(value).lower(), value)
+                workflow.parser[key] = _typed(key, value, int)
+                continue
             if key in TRACKING_KEYS or type(default) not in (bool, int, float):
                 continue
             if isinstance(value, str) and _text(value) in map(_text, others):

@@ -15,6 +15,7 @@ COLOURS = {
     "original": "#2b6cb0",
     "unlearned": "#2f855a",
     "retrained": "#b7791f",
+    "retrained_other": "#d69e2e",
     "judge": "#718096",
     "reference": "#805ad5",
 }

@@ -29,7 +29,7 @@ from .scores import Inferer, MaskMetrics, f1_scores, main_score, score_cases, su
 from .statistics import bootstrap_mean, group_means
 
 SCHEMA = "monai_unlearn.report/1"
-REPORTED = ("original", "unlearned", "retrained", "reference")
+REPORTED = ("original", "unlearned", "retrained", "retrained_other", "reference")
 NAMES = {"iou": "IoU", "accuracy": "accuracy"}
 PROBE_LIMIT, SHOTS = 0.10, 5  # of a suppressed class: AUC beside the retrained model's, and examples to relearn from
 NOT_TESTED = [
@@ -60,8 +60,8 @@ def audit(
 
     Args:
         resolution: who was forgotten.
-        networks: ``original``, ``unlearned``, and where made ``reference`` (the teacher) and ``retrained``; None is
-            left out.
+        networks: ``original``, ``unlearned``, and where made ``reference`` (the teacher), ``retrained`` and
+            ``retrained_other``, a second one of another seed; None is left out.
         judge: a reference that never saw forget set or holdout and taught nobody; None for a suppressed class, which
             is not judged by membership.
         transform: deterministic preprocessing.
@@ -138,6 +138,8 @@ def audit(
             for name in (*REPORTED, "judge")
             if name in scores
         },
+        "floor": _floor(scores, main),
+        "agreement": _agreement(scores),
         "expected_unseen": target,
         "completeness": completeness(
             scores["original"]["forget"][main].mean(), scores["unlearned"]["forget"][main].mean(), target
@@ -176,6 +178,26 @@ def audit(
         "classes": list(classes),
     }
     return report
+
+
+def _floor(scores: Scores, main: str) -> dict[str, float] | None:
+    """How far two retrained models of different seeds lie apart, by split: no method can be asked to come closer."""
+    if "retrained_other" not in scores:
+        return None
+    one, other = scores["retrained"], scores["retrained_other"]
+    return {split: abs(float(one[split][main].mean() - other[split][main].mean())) for split in one}
+
+
+def _agreement(scores: Scores) -> dict[str, dict[str, float]] | None:
+    """The share of cases of which a model says what the retrained one says, by model and split."""
+    if "retrained" not in scores or "predicted" not in scores["retrained"]["holdout"]:
+        return None
+    said = {split: rows["predicted"] for split, rows in scores["retrained"].items()}
+    return {
+        name: {split: float((rows["predicted"] == said[split]).mean()) for split, rows in scores[name].items()}
+        for name in ("original", "unlearned", "retrained_other")
+        if name in scores
+    }
 
 
 def _version(package: str) -> str:

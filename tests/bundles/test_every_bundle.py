@@ -99,6 +99,39 @@ def test_every_method_runs(bundle, name, quick, tmp_path):
             assert json.loads((folder / "models" / f"{phase}.json").read_text())["images"] > 0
 
 
+@pytest.mark.parametrize("given", ["false", "0", 0])
+def test_no_retrained_model_is_made_where_none_is_wanted(given, tmp_path):
+    configs = BUNDLES / "isic_classification_unlearn" / "configs"
+    flow = ConfigWorkflow(str(configs / "train.json"), workflow_type="train", logging_file=False, quick=1,
+                          output_dir=str(tmp_path), with_retrained=given)  # fmt: skip
+    flow.initialize()
+    assert flow.parser.get_parsed_content("with_retrained") == 0
+
+
+def test_a_second_retrained_model_says_how_far_two_of_them_lie_apart(quick, tmp_path):
+    folder = Path(shutil.copytree(quick("isic_classification_unlearn"), tmp_path / "output"))
+    start("isic_classification_unlearn", folder, forget_ids=FORGET["isic_classification_unlearn"], with_retrained="2")
+    report = report_of(folder)
+    one, other = (report["scores"][name] for name in ("retrained", "retrained_other"))
+    assert (folder / "models" / "retrained.pt").read_bytes() != (folder / "models" / "retrained_other.pt").read_bytes()
+    for split, gap in report["floor"].items():
+        assert gap == pytest.approx(abs(one[split]["accuracy"] - other[split]["accuracy"]), abs=1e-5)
+    assert set(report["agreement"]) == {"original", "unlearned", "retrained_other"}
+    assert all(0 <= share <= 1 for rows in report["agreement"].values() for share in rows.values())
+
+
+def test_the_buffer_probe_puts_the_originals_statistics_back(quick, tmp_path):
+    folder = Path(shutil.copytree(quick("isic_classification_unlearn"), tmp_path / "output"))
+    flow = start("isic_classification_unlearn", folder, "boundary_legacy", "restore_buffers", run_id="unlearn",
+                 forget_ids=FORGET["isic_classification_unlearn"])  # fmt: skip
+    original, drifted = (read_weights(folder / "models" / f"{name}.pt") for name in ("original", "unlearned"))
+    restored = flow.parser.get_parsed_content("unlearned_network").state_dict()
+    statistics = [name for name in original if "running" in name]
+    assert any(not torch.equal(original[name], drifted[name]) for name in statistics)
+    for name, value in restored.items():
+        assert torch.equal(value.cpu(), (original if "running" in name or "num_batches" in name else drifted)[name])
+
+
 def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
     for name in ("flexible_unet", "segformer"):
         start("isic_unlearn", tmp_path / name, name, run_id="unlearn", original_epochs=1, reference_epochs=1,
