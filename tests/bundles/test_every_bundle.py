@@ -22,7 +22,7 @@ NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
 OTHERS = [name for name in NAMES if name != "isic_unlearn"]  # which has a file of tests of its own
 UNCHANGED = ("identity", "learning_rate_zero", "restore_buffers")
 SUPPRESSION = ("delete", "logit_mask")
-OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "native", "paper_256", "size_180")
+OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "resnet18", "native", "paper_256", "size_180")
 FORGET = {"chase_unlearn": "02L", "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005"}
 
 
@@ -145,6 +145,7 @@ def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
     ("bundle", "name", "shape"),
     [("chase_unlearn", "native", (20, 3, 256, 256)), ("chase_unlearn", "paper_256", (5, 3, 256, 256)),
      ("isic_classification_unlearn", "densenet121", (16, 3, 64, 64)),
+     ("isic_classification_unlearn", "resnet18", (16, 3, 64, 64)),
      ("isic_classification_unlearn", "size_180", (16, 3, 180, 180))],
 )  # fmt: skip
 def test_other_sizes_and_networks_train(bundle, name, shape, tmp_path):
