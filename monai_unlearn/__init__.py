@@ -15,18 +15,30 @@ from .boundary import (
 from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .compose import Rule, compose_networks, compose_state_dicts
-from .data import CheckMaskd, FieldOfViewd, ForgetRetainSampler, MarkForgetd, MemoryDataset, OneHotd, cache_outputs
+from .data import (
+    CheckMaskd,
+    FieldOfViewd,
+    ForgetRetainSampler,
+    KeepAffined,
+    MarkForgetd,
+    MemoryDataset,
+    OneHotd,
+    cache_outputs,
+)
 from .datasets import (
     as_mask,
     as_rgb,
     chase_datalist,
+    hippocampus_datalist,
     isic_classification_datalist,
     isic_datalist,
     make_chase_phantom,
+    make_hippocampus_phantom,
     make_isic_classification_phantom,
     make_isic_phantom,
     read_pair,
     read_photograph,
+    read_volume,
 )
 from .engines import PrepareUnlearning, run_phase
 from .handlers import (
@@ -87,6 +99,7 @@ __all__ = [
     "FieldOfViewd",
     "ForgetRetainSampler",
     "InputDomain",
+    "KeepAffined",
     "LabelStore",
     "LegacyBoundary",
     "MarkForgetd",
@@ -121,6 +134,7 @@ __all__ = [
     "finish",
     "freeze_norm",
     "frozen",
+    "hippocampus_datalist",
     "inject_lora",
     "isic_classification_datalist",
     "isic_datalist",
@@ -128,6 +142,7 @@ __all__ = [
     "load_adapter",
     "load_weights",
     "make_chase_phantom",
+    "make_hippocampus_phantom",
     "make_isic_classification_phantom",
     "make_isic_phantom",
     "make_request",
@@ -145,6 +160,7 @@ __all__ = [
     "read_pair",
     "read_photograph",
     "read_request",
+    "read_volume",
     "read_weights",
     "record_request",
     "reference_parts",

@@ -514,9 +514,11 @@ def _named(said: Tensor, allowed: Tensor, source: Tensor) -> Tensor:
     return said.masked_fill(~(allowed | own), -torch.inf).argmax(1)
 
 
-def _two_channels(logits: Tensor) -> Tensor:
-    """Logits of background and foreground for the logit of one channel."""
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+def _two_channels(foreground: Tensor, background: Tensor | None = None) -> Tensor:
+    """Background and foreground of one channel: a logit, whose background is 0, or a mask with its background."""
+    if foreground.shape[1] > 1:
+        return foreground
+    return torch.cat([torch.zeros_like(foreground) if background is None else background, foreground], 1)
 
 
 @contextmanager
@@ -647,27 +649,34 @@ class DenseBoundaryRelabel:
     Args:
         search: in the original model.
         classes: the classes to forget; their voxels are the region. One channel has class 1 alone.
+        fill: what the region gets: ``boundary``, or for comparison ``background`` or a ``random`` other class for each
+            voxel, drawn from the image's content.
         majority: side of a cube in which the most frequent label of the region's voxels wins, odd; 1 keeps each
             voxel's own.
 
     Raises:
-        ValueError: with a side that is even or not positive; in use, when a class is out of range.
+        ValueError: on an unknown fill, or a side that is even or not positive; in use, when a class is out of range.
     """
 
-    def __init__(self, search: PerturbedSignGradient, classes: Sequence[int], majority: int = 1) -> None:
+    def __init__(
+        self, search: PerturbedSignGradient, classes: Sequence[int], fill: str = "boundary", majority: int = 1
+    ) -> None:
+        if fill not in ("boundary", "background", "random"):
+            raise ValueError(f"fill must be boundary, background or random, got {fill!r}.")
         if majority < 1 or majority % 2 == 0:
             raise ValueError(f"majority must be odd and positive, got {majority}.")
-        self.search, self.classes, self.majority = search, [int(one) for one in classes], majority
+        self.search, self.classes, self.fill = search, [int(one) for one in classes], fill
+        self.majority = majority
         self.batch_size = search.batch_size
         self.images, self.crossed = 0, 0.0
         self.destinations: Counter[int] = Counter()
 
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
         number = max(2, label.shape[1])
-        own = _two_channels_of(label).argmax(1)
+        own = _two_channels(label, 1 - label).argmax(1)
         region = torch.isin(own, torch.tensor(self.classes, device=own.device))
-        found = self.search.dense(image, own, region)
-        across = F.one_hot(found.label.clamp_min(0), number).movedim(-1, 1).to(label) * region.unsqueeze(1)
+        across = F.one_hot(self._across(image, own, region, number), number).movedim(-1, 1).to(label)
+        across = across * region.unsqueeze(1)
         if self.majority > 1:
             pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[image.ndim - 2]
             votes = pool(across, self.majority, stride=1, padding=self.majority // 2)
@@ -676,29 +685,39 @@ class DenseBoundaryRelabel:
         with searching(self.search.network), torch.no_grad():
             said = _two_channels(self.search._logits(image.float()))
         said[:, self.classes] = -torch.inf
-        elsewhere = said.softmax(1).to(label)
-        new = torch.where(region.unsqueeze(1), across, elsewhere)
-        self.images += len(image)
-        self.crossed += float(found.crossed.sum())
+        new = torch.where(region.unsqueeze(1), across, said.softmax(1).to(label))
         self.destinations.update(across.argmax(1)[region].tolist())
         return new if label.shape[1] > 1 else new[:, 1:]
 
+    def _across(self, image: Tensor, own: Tensor, region: Tensor, number: int) -> Tensor:
+        """The class each voxel of the region goes to."""
+        self.images += len(image)
+        if self.fill == "boundary":
+            found = self.search.dense(image, own, region)
+            self.crossed += float(found.crossed.sum())
+            return found.label.clamp_min(0)
+        if self.fill == "background":
+            return torch.zeros_like(own)
+        allowed = torch.tensor([c for c in range(number) if c not in self.classes])
+        draws = []
+        for one in image:
+            seed = int(content_id(one)[:14], 16) + self.search.seed
+            drawn = torch.randint(len(allowed), own.shape[1:], generator=torch.Generator().manual_seed(seed))
+            draws.append(allowed[drawn])
+        return torch.stack(draws).to(own)
+
     def describe(self) -> dict[str, Any]:
         """Everything that decides its labels beside the network and the samples, ready for JSON."""
-        return {"classes": self.classes, "majority": self.majority, **self.search.describe()}
+        return {"classes": self.classes, "fill": self.fill, "majority": self.majority, **self.search.describe()}
 
     def report(self) -> dict[str, Any]:
         """What became of the voxels so far: the mean share that crossed, and how many went to which class."""
+        searched = self.images and self.fill == "boundary"
         return {
-            "mean_crossed": self.crossed / self.images if self.images else None,
+            "mean_crossed": self.crossed / self.images if searched else None,
             "destinations": {str(c): count for c, count in sorted(self.destinations.items())},
             "passes": self.search.forwards + self.search.backwards,
         }
-
-
-def _two_channels_of(label: Tensor) -> Tensor:
-    """Probabilities of background and foreground for a mask of one channel."""
-    return torch.cat([1 - label, label], 1) if label.shape[1] == 1 else label
 
 
 def boundary_margin(search: PerturbedSignGradient, image: Tensor, mask: Tensor) -> Tensor:

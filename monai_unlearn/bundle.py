@@ -266,7 +266,7 @@ def unlearning_targets(
     sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
     retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
     taught = MemoryDataset([*retain.data, *forget.data], transform, store) if teacher_on_forget else retain
-    values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)}
+    values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)} if len(taught) else {}
     forwards, stop_at, found = len(taught), None, None
     if isinstance(relabel, Mapping):
         donors = MemoryDataset([relabel[item_id(item)] for item in forget.data], transform, store)
@@ -285,7 +285,7 @@ def unlearning_targets(
         "stop_value": stop_at,
         "relabelling": found or None,
         "seconds": time.perf_counter() - start,
-        "flops": forwards * forward_flops(original, retain[0]["image"].to(device), inferer),
+        "flops": forwards * forward_flops(original, forget[0]["image"].to(device), inferer),
         "images": forwards / 3,
     }
 
@@ -316,5 +316,6 @@ def _relabelled(
             labels += relabel(image.to(device), label.to(device)).cpu()
     report = relabel.report() if hasattr(relabel, "report") else {}
     if description and label_store is not None:
-        label_store.save(description, forget.data, labels, report)
+        affines = [sample["affine"] for sample in samples if "affine" in sample]
+        label_store.save(description, forget.data, labels, report, affines)
     return labels, report

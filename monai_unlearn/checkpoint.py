@@ -77,6 +77,17 @@ def write_safetensors(
         save_file(dict(state), temporary, metadata={"format": "pt", **metadata})
 
 
+def write_volume(volume: Tensor, affine: Tensor, path: str | Path, mode: int = 0o644) -> None:
+    """Write a volume ``(X, Y, Z)`` as ``.nii.gz``, atomically; the affine maps voxels to millimetres (RAS)."""
+    import gzip
+
+    import nibabel as nib
+
+    content = nib.Nifti1Image(volume.cpu().numpy(), affine.cpu().numpy()).to_bytes()
+    with atomic_path(path, mode) as temporary:
+        temporary.write_bytes(gzip.compress(content, mtime=0))
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 

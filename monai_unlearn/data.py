@@ -214,6 +214,24 @@ class FieldOfViewd(MapTransform):
         return d
 
 
+class KeepAffined(MapTransform):
+    """Where a volume lies, as an item of its own: ``affine`` ``(4, 4)``, voxels to millimetres.
+
+    Args:
+        keys: the volume with MONAI's metadata; place it after the last transform that moves or pads it.
+        affine_key: where the matrix goes.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", affine_key: str = "affine") -> None:
+        super().__init__(keys)
+        self.affine_key = affine_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        d[self.affine_key] = torch.as_tensor(d[self.first_key(d)].affine).clone()
+        return d
+
+
 class OneHotd(MapTransform):
     """A class number becomes class probabilities ``(K,)``, 1 for that class.
 

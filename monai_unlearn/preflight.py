@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -210,6 +210,7 @@ def prepare(
     folder_datalist: FolderDatalist = isic_datalist,
     read: Reader = read_pair,
     duplicates: str | None = None,
+    structures: Sequence[str] = (),
 ) -> Prepared:
     """Find the data (or draw the phantom), read every file once, and resolve the request.
 
@@ -237,6 +238,7 @@ def prepare(
         read: reads and checks one item.
         duplicates: for classification what becomes of pictures that stand there twice, see
             :func:`monai_unlearn.datasets.settle_duplicates`; None does not look.
+        structures: see :func:`monai_unlearn.resolve`.
 
     Raises:
         RequestError, DataError: with the file, key or id and the remedy. Within a bundle run they end it with exit
@@ -260,14 +262,14 @@ def prepare(
         training, holdout = settle_duplicates(training, holdout, duplicates)
     request = make_request(forget_request, forget_ids, forget_fraction, job, seed, 0.15 if is_drawn else None)
     known = known_pairs(dataset_dir)
-    resolve(request, training, holdout, class_key)  # refuses what needs no file to be read
+    resolve(request, training, holdout, class_key, structures=structures)  # refuses what needs no file to be read
     inspected = inspect_items([*training, *holdout], progress=True, read=read)
     training, holdout = inspected[: len(training)], inspected[len(training) :]
     if duplicates is not None:  # by their bytes too, now that they are known
         training, holdout = settle_duplicates(training, holdout, duplicates)
-    resolution = resolve(request, training, holdout, class_key, known)
+    resolution = resolve(request, training, holdout, class_key, known, structures)
     retained = len({item["group"] for item in resolution.splits["retain"]})
-    if retained < 3 and not reference_models:
+    if 0 < retained < 3 and not reference_models:
         raise RequestError(
             f"{retained} groups stay, too few to teach two references on disjoint parts of them. Forget fewer, or give "
             "--reference_models."

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, read_safetensors, weights_digest, write_safetensors
+from .checkpoint import CheckpointError, read_safetensors, weights_digest, write_safetensors, write_volume
 from .request import item_id, pseudonym
 
 Relabel = Callable[[Tensor, Tensor], Tensor]
@@ -258,10 +258,18 @@ class LabelStore:
         items: Sequence[Mapping[str, Any]],
         labels: Sequence[Tensor],
         report: Mapping[str, Any],
+        affines: Sequence[Tensor] = (),
     ) -> None:
-        """Write the labels of the items, and what is to be said of the search."""
+        """Write the labels of the items, and what is to be said of the search.
+
+        With the volumes' ``affines`` the most probable class of each voxel is written as NIfTI too, one file a volume
+        in a folder beside the labels, for people to look at.
+        """
         state = {pseudonym(self.key, item_id(item)): label.contiguous() for item, label in zip(items, labels)}
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         metadata = {"description": json.dumps(description, sort_keys=True), "report": json.dumps(report),
                     "sha256": weights_digest(state)}  # fmt: skip
         write_safetensors(state, self.path(description), metadata, mode=0o600)
+        for item, label, affine in zip(items, labels, affines):
+            path = self.path(description).with_suffix("") / f"{pseudonym(self.key, item_id(item))}.nii.gz"
+            write_volume(label.argmax(0).to(torch.uint8), affine, path, mode=0o600)

@@ -390,6 +390,7 @@ def resolve(
     holdout: Sequence[Item] = (),
     class_key: str = "diagnosis",
     known_pairs: Iterable[tuple[str, str]] = (),
+    structures: Sequence[str] = (),
 ) -> Resolution:
     """Mark the items a request means, close over groups, and refuse what would go wrong silently.
 
@@ -399,6 +400,8 @@ def resolve(
         holdout: the items it never saw.
         class_key: the metadata column that ``{"class": ...}`` means.
         known_pairs: ids of images known to show the same lesion; a pair across the two sides is warned about.
+        structures: what a segmentation marks in every case. A class that is one of them is meant in all of them, and
+            nothing is retained.
 
     Returns:
         Copies of the items with their flags; what came in stays as it was.
@@ -422,6 +425,10 @@ def resolve(
     elif request.kind == "groups":
         keys = lambda item: {str(item[key]) for key in GROUP_KEYS if item.get(key) not in (None, "")}  # noqa: E731
         chosen = _named(request.selector["groups"], training, holdout, keys, "groups")
+    elif request.kind == "class" and structures:
+        chosen = [_means_structure(request, structures)] * len(training)
+        for item in holdout:
+            item["alike"] = True
     elif request.kind == "fraction":
         chosen = _fraction(training, float(request.selector["fraction"]), int(request.selector.get("seed", 0)), request)
     else:
@@ -436,7 +443,7 @@ def resolve(
     number = sum(item["forget"] for item in training)
     if number == 0:
         raise RequestError("the request matches no training item, so there is nothing to forget; look at the selector.")
-    if number == len(training):
+    if number == len(training) and not (request.kind == "class" and structures):
         raise RequestError("the request matches every training item; forgetting all of them means training afresh.")
     resolution = Resolution(request, training, holdout, [], facts)
     _refuse_leaks(resolution)
@@ -447,6 +454,15 @@ def resolve(
             f"they {'match' if request.missing == 'match' else 'do not match'} (missing: {request.missing})."
         )
     return resolution
+
+
+def _means_structure(request: DeletionRequest, structures: Sequence[str]) -> bool:
+    name = str(request.selector["class"])
+    if name not in structures:
+        raise RequestError(f"the model marks no {name!r}; it marks {', '.join(structures)}.")
+    if request.job != "suppression":
+        raise RequestError(f"{name!r} stands in every case, so it can be suppressed and not deleted: job: suppression.")
+    return True
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -38,9 +38,10 @@ from monai_unlearn.audit import (
     write_report,
 )
 from monai_unlearn.audit.page import render
-from monai_unlearn.audit.report import cost_table, judge_suppression, judge_verdict, plain
+from monai_unlearn.audit.report import cost_table, judge_verdict, plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
+from monai_unlearn.audit.suppression import judge_suppression
 from monai_unlearn.engines import forward_flops
 from monai_unlearn.request import DeletionRequest, Resolution, resolve
 

@@ -471,6 +471,14 @@ def test_dense_labels_change_the_region_alone_and_elsewhere_the_original_speaks_
     assert relabel.report()["mean_crossed"] > 0.5 and sum(relabel.report()["destinations"].values()) == inside.sum()
     smooth = DenseBoundaryRelabel(PerturbedSignGradient(network), [1], majority=3)(image, label)
     assert (smooth[:, 1] == 0).all() and set(smooth.movedim(1, -1)[inside].unique().tolist()) == {0.0, 1.0}
+    for fill, there in (("background", {0}), ("random", {0, 2})):
+        filled = DenseBoundaryRelabel(PerturbedSignGradient(network), [1], fill=fill)(image, label)
+        assert set(filled.argmax(1)[inside].tolist()) == there
+        torch.testing.assert_close(filled.movedim(1, -1)[~inside], new.movedim(1, -1)[~inside])
+        alone = DenseBoundaryRelabel(PerturbedSignGradient(network), [1], fill=fill)(image[1:2], label[1:2])
+        torch.testing.assert_close(alone, filled[1:2])
+    with pytest.raises(ValueError, match="fill"):
+        DenseBoundaryRelabel(PerturbedSignGradient(network), [1], fill="own")
     with pytest.raises(ValueError, match="odd"):
         DenseBoundaryRelabel(PerturbedSignGradient(network), [1], majority=2)
 

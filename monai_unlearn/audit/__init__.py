@@ -5,9 +5,10 @@
 from .membership import attack, membership_table, negative_control, rank_test
 from .probes import embed, linear_probe, penultimate_features, relearn_class
 from .reference import completeness, expected_unseen, reference_parts, regression_reference
-from .report import audit, suppressed_class, write_report
+from .report import audit, write_report
 from .scores import SplitEvaluator, cl_dice, f1_scores, score_cases
 from .statistics import auc, bootstrap_auc, bootstrap_mean, clopper_pearson, tpr_at_fpr
+from .suppression import suppressed_class, suppressed_structure
 
 __all__ = [
     "SplitEvaluator",
@@ -32,6 +33,7 @@ __all__ = [
     "relearn_class",
     "score_cases",
     "suppressed_class",
+    "suppressed_structure",
     "tpr_at_fpr",
     "write_report",
 ]

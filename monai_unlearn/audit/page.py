@@ -73,19 +73,23 @@ def _membership(report: Mapping[str, Any]) -> list[str]:
 
 def _suppression(report: Mapping[str, Any]) -> list[str]:
     found = report["suppression"]
-    rows = [
-        [name, *(_number(found[key].get(name)) for key in ("f1_unseen", "macro_f1_others", "linear_probe"))]
-        for name in found["f1_unseen"]
-    ]
     kind = html.escape(found["class"])
-    return [
+    if "f1_unseen" in found:
+        columns = {"f1_unseen": f"F1 of {kind}", "macro_f1_others": "macro-F1 of the others"}
+    else:
+        columns = {"dice_unseen": f"Dice of {kind}", "dice_others": "of the others", "dice_merged": "of all as one"}
+    columns["linear_probe"] = "AUC of a linear probe"
+    models = found[next(iter(columns))]
+    rows = [[name, *(_number(found[key].get(name)) for key in columns)] for name in models]
+    parts = [
         f"<h2>Is {kind} gone?</h2>",
-        _table(["unseen cases", f"F1 of {kind}", "macro-F1 of the others", "AUC of a linear probe"], rows),
-        f"<p class=note>{found['unseen_members']} unseen members of the class. The probe looks for it in the features "
-        "that the last layer reads; .5 means it is not there.</p>",
-        "<h2>How fast five examples bring it back</h2>",
-        figures.relearning(report["relearn"]),
+        _table(["unseen cases", *columns.values()], rows),
+        f"<p class=note>{found['unseen_members']} unseen cases of it. The probe looks for it in the features that the "
+        "last layer reads; .5 means it is not there.</p>",
     ]
+    if report["relearn"]:
+        parts += ["<h2>How fast five examples bring it back</h2>", figures.relearning(report["relearn"])]
+    return parts
 
 
 def _relabelling(found: Mapping[str, Any] | None, classes: Sequence[str]) -> list[str]:

@@ -110,14 +110,14 @@ def linear_probe(
         seed: of the folds.
 
     Returns:
-        The AUC; None where a fold lacks one of the two kinds.
+        The AUC; None with fewer groups than folds, or where a fold lacks one of the two kinds.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if min(is_class.sum(), (~is_class).sum()) < folds:
+    if min(is_class.sum(), (~is_class).sum(), len(set(groups))) < folds:
         return None
     found = []
     with warnings.catch_warnings():

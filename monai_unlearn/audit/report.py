@@ -23,15 +23,15 @@ from ..relabel import probabilities
 from ..request import Resolution
 from .membership import SIGNS, attacked_score, membership_table, negative_control, rank_test
 from .page import render
-from .probes import embed, linear_probe, penultimate_features, relearn_class
+from .probes import embed
 from .reference import completeness, expected_unseen
-from .scores import Inferer, MaskMetrics, f1_scores, main_score, score_cases, summary
+from .scores import Inferer, MaskMetrics, main_score, score_cases, summary
 from .statistics import bootstrap_mean, group_means
+from .suppression import class_evidence, judge_suppression, structure_evidence, suppressed_class, suppressed_structure
 
 SCHEMA = "monai_unlearn.report/1"
 REPORTED = ("original", "unlearned", "retrained", "retrained_other", "reference")
 NAMES = {"iou": "IoU", "accuracy": "accuracy"}
-PROBE_LIMIT, SHOTS = 0.10, 5  # of a suppressed class: AUC beside the retrained model's, and examples to relearn from
 NOT_TESTED = [
     "rounding of the weights (bf16, int8, int4)",
     "attacks with shadow models (LiRA, RULI)",
@@ -55,6 +55,8 @@ def audit(
     inferer: Inferer | None = None,
     metrics: MaskMetrics | None = None,
     classes: Sequence[str] = (),
+    structures: Sequence[str] = (),
+    probe_layer: str = "",
 ) -> dict[str, Any]:
     """Score every model on every split, attack the models, run both controls and reach a verdict.
 
@@ -76,6 +78,8 @@ def audit(
         inferer: see :func:`monai_unlearn.audit.score_cases`.
         metrics: further scores of masks, see :func:`monai_unlearn.audit.scores.case_scores`.
         classes: their names in the order of the logits, for classification.
+        structures: the names of the foreground channels, for the segmentation of several structures.
+        probe_layer: the module whose input the probe for a suppressed structure reads.
 
     Returns:
         The report; ``_figures`` holds what the page draws and is left out of the JSON.
@@ -94,7 +98,7 @@ def audit(
     datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items() if items}
     if "holdout" not in datasets:
         raise ValueError("the audit needs cases that no model was trained on; the holdout is empty.")
-    suppressed = suppressed_class(resolution, classes)
+    suppressed = suppressed_class(resolution, classes) if classes else suppressed_structure(resolution, structures)
     if judge is None and suppressed is None:
         raise ValueError("the audit needs a judge: a reference that taught nobody.")
     scores: Scores = {
@@ -110,7 +114,12 @@ def audit(
     suppression, membership, controls = None, {}, {}
     if suppressed is not None:
         target = 0.0  # what was never taught is never named
-        suppression = _suppression(models, scores, datasets, groups, suppressed, classes, device, seed)
+        suppression = (
+            class_evidence(models, scores, datasets, groups, suppressed, classes, device, seed)
+            if classes
+            else structure_evidence(models, datasets["holdout"], groups["holdout"], suppressed, structures,
+                                    probe_layer, device, inferer, seed)
+        )  # fmt: skip
         verdict, reasons = judge_suppression(suppression, resolution.request.limits_in_force["utility"])
     else:
         of_judge, unseen = scores["judge"], scores["original"]["holdout"][main]
@@ -147,7 +156,7 @@ def audit(
         "membership": membership,
         "controls": controls,
         "suppression": suppression,
-        "relearn": suppression and suppression.pop("relearn"),
+        "relearn": suppression and suppression.pop("relearn", None),
         "stop": phases.get("unlearn", {}).get("reports", {}).get("stop_at_reference"),
         "restoration": phases.get("restore", {}).get("reports", {}).get("stop_at_reference"),
         "drift": phases.get("unlearn", {}).get("drift"),
@@ -155,7 +164,10 @@ def audit(
         "cost": cost_table(phases, spent),
         "verdict": verdict,
         "reasons": reasons,
-        "not_tested": [*([] if suppression else ["relearning curves and benign fine-tuning"]), *NOT_TESTED],
+        "not_tested": [
+            *([] if suppressed is not None and classes else ["relearning curves and benign fine-tuning"]),
+            *NOT_TESTED,
+        ],
         "environment": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("monai_unlearn", "monai", "torch", "peft", "numpy")},
@@ -323,113 +335,6 @@ def judge_verdict(
     ]
 
 
-def suppressed_class(resolution: Resolution, classes: Sequence[str]) -> int | None:
-    """The number of the class that the request suppresses; None for every other request.
-
-    Raises:
-        ValueError: when the model has no such class.
-    """
-    request = resolution.request
-    if request.job != "suppression" or request.kind != "class" or not classes:
-        return None
-    name = str(request.selector["class"])
-    if name not in classes:
-        raise ValueError(f"the model has no class {name!r}; there are {', '.join(classes)}.")
-    return list(classes).index(name)
-
-
-def _suppression(
-    models: Mapping[str, nn.Module],
-    scores: Scores,
-    datasets: Mapping[str, MemoryDataset],
-    groups: Mapping[str, list[str]],
-    forgotten: int,
-    classes: Sequence[str],
-    device: str | torch.device,
-    seed: int,
-) -> dict[str, Any]:
-    """What tells whether a class is gone and the others are not: F1 on unseen cases, probe and relearning.
-
-    The macro-F1 of the other classes is taken over their own unseen cases: whatever a model without the class says
-    about a member of it is wrong, also for the retrained one.
-    """
-    number, unseen = len(classes), datasets["holdout"]
-    is_class = scores["original"]["holdout"]["true"] == forgotten
-    _, index = np.unique([name for name, own in zip(groups["holdout"], is_class) if not own], return_inverse=True)
-    share = np.full(index.max() + 1, 1 / (index.max() + 1))
-    draws = np.random.default_rng(seed).multinomial(len(share), share, 2000)
-    f1: dict[str, float] = {}
-    others: dict[str, list[np.ndarray]] = {}
-    for name in models:
-        rows = scores[name]["holdout"]
-        f1[name] = float(np.nan_to_num(f1_scores(rows["true"], rows["predicted"], number)[forgotten]))
-        true, predicted = rows["true"][~is_class], rows["predicted"][~is_class]
-        for weights in (np.ones(len(index)), draws[:, index]):
-            values = f1_scores(true, predicted, number, weights)
-            others.setdefault(name, []).append(np.nanmean(np.delete(values, forgotten, -1), axis=-1))
-    change = others["unlearned"][1] - others["original"][1]
-    shots = MemoryDataset(datasets["forget"].data[:SHOTS], unseen.transform, unseen.store)
-    judged = [name for name in ("original", "unlearned", "retrained") if name in models]
-    return {
-        "class": classes[forgotten],
-        "unseen_members": int(is_class.sum()),
-        "f1_unseen": f1,
-        "macro_f1_others": {name: float(values[0]) for name, values in others.items()},
-        "macro_f1_others_change_ci": [float(q) for q in np.quantile(change, (0.025, 0.975))],
-        "linear_probe": {
-            name: linear_probe(penultimate_features(models[name], unseen, device), is_class, groups["holdout"])
-            for name in judged
-        },
-        "relearn": {
-            name: relearn_class(
-                models[name], shots, datasets["retain"], unseen, forgotten, device=device, seed=seed
-            )
-            for name in judged
-        },
-    }  # fmt: skip
-
-
-def judge_suppression(found: Mapping[str, Any], utility: float, f1_limit: float = 0.05) -> tuple[str, list[str]]:
-    """FAIL, INCONCLUSIVE or NOT REFUTED for a suppressed class, with the reasons in plain words.
-
-    FAIL: unseen members of the class are still found (F1 above ``f1_limit``), the other classes lost macro-F1 with an
-    interval wholly beyond ``utility``, or the AUC of a linear probe for the class differs by more than .10 between the
-    unlearned model's features and the retrained one's. INCONCLUSIVE: no retrained model to compare the probe with, or
-    the probe finds the class in the retrained model as well as in the original, so that it cannot tell.
-    """
-    failed, unclear = [], []
-    name, f1, probe = found["class"], found["f1_unseen"], found["linear_probe"]
-    if f1["unlearned"] > f1_limit:
-        failed.append(f"unseen cases of {name} are still found: F1 {f1['unlearned']:.3f}, limit {f1_limit}.")
-    lost = found["macro_f1_others"]["original"] - found["macro_f1_others"]["unlearned"]
-    if found["macro_f1_others_change_ci"][1] < -utility:
-        failed.append(f"the other classes lost {lost:.3f} macro-F1, more than {utility}.")
-    if None in probe.values() or "retrained" not in probe:
-        unclear.append(
-            "the probe for the class needs the retrained model and enough unseen members (--with_retrained 1)."
-        )
-    else:
-        if abs(probe["unlearned"] - probe["retrained"]) > PROBE_LIMIT:
-            above = probe["unlearned"] > probe["retrained"]
-            failed.append(
-                f"a linear probe finds {name} in the features with AUC {probe['unlearned']:.3f}, in the retrained "
-                f"model's with {probe['retrained']:.3f}: {'forgotten in the head only' if above else 'over-forgotten'}."
-            )
-        if probe["original"] - probe["retrained"] <= PROBE_LIMIT:
-            unclear.append(
-                f"the linear probe cannot tell: it finds {name} with AUC {probe['original']:.3f} in the original's "
-                f"features and {probe['retrained']:.3f} in those of a model that was never taught it."
-            )
-    if failed:
-        return "FAIL", failed + unclear
-    if unclear:
-        return "INCONCLUSIVE", unclear
-    return "NOT REFUTED", [
-        f"F1 of {name} on unseen cases {f1['unlearned']:.3f}; macro-F1 of the other classes changed by {-lost:+.3f}. "
-        "This is measured behaviour, no proof of erasure."
-    ]
-
-
 def _difference(
     one: np.ndarray, one_groups: list[str], other: np.ndarray, other_groups: list[str], seed: int
 ) -> tuple[float, float]:
@@ -498,10 +403,12 @@ def _example_cases(
     inferer: Inferer | None,
     number: int = 3,
 ) -> list[dict[str, Any]]:
-    """Cases to draw: retained ones spread over the unlearned model's scores, forget ones only when asked for."""
+    """Cases to draw, spread over the unlearned model's scores: retained ones (unseen ones, where a structure of all is
+    suppressed), and forget ones only when asked for."""
     cases = []
-    judged = next(iter(SIGNS[main_score(scores["unlearned"]["retain"])]))
-    for split in ("retain", *(["forget"] if show_forget else [])):
+    shown_split = "retain" if "retain" in datasets else "holdout"
+    judged = next(iter(SIGNS[main_score(scores["unlearned"][shown_split])]))
+    for split in (shown_split, *(["forget"] if show_forget else [])):
         order = np.argsort(scores["unlearned"][split][judged])
         picked = order[np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
         for index in picked:
@@ -511,17 +418,26 @@ def _example_cases(
             for name in ("original", "unlearned"):
                 logits = networks[name](image) if inferer is None else inferer(image, networks[name])
                 outputs[name] = probabilities(logits)[0].cpu().numpy()
+            shown = {"image": sample["image"].cpu().numpy(), "label": sample["label"].cpu().numpy(), **outputs}
             cases.append({
                 "split": split,
-                "image": sample["image"].cpu().numpy(),
-                "label": sample["label"].cpu().numpy(),
-                **outputs,
+                **(_flat(shown) if sample["label"].ndim > 1 else shown),
                 "scores": {
                     name: {key: float(values[index]) for key, values in scores[name][split].items()}
                     for name in ("original", "unlearned")
                 },
             })  # fmt: skip
     return cases
+
+
+def _flat(shown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Image and foreground as pictures ``(C, H, W)``: of a volume the slice that shows most of the label."""
+    flat = {key: value[1:].sum(0, keepdims=True) if key != "image" and len(value) > 1 else value
+            for key, value in shown.items()}  # fmt: skip
+    if flat["label"].ndim == 4:
+        at = int(flat["label"].sum((0, 1, 2)).argmax())
+        flat = {key: value[..., at] for key, value in flat.items()}
+    return flat
 
 
 def write_report(report: dict[str, Any], output_dir: str | Path) -> str:

@@ -4,6 +4,7 @@
 
 from .lists import (
     chase_datalist,
+    hippocampus_datalist,
     isic_classification_datalist,
     isic_datalist,
     known_pairs,
@@ -11,7 +12,13 @@ from .lists import (
     read_datalist,
     settle_duplicates,
 )
-from .phantoms import is_phantom, make_chase_phantom, make_isic_classification_phantom, make_isic_phantom
+from .phantoms import (
+    is_phantom,
+    make_chase_phantom,
+    make_hippocampus_phantom,
+    make_isic_classification_phantom,
+    make_isic_phantom,
+)
 from .reading import (
     DataError,
     as_mask,
@@ -22,6 +29,7 @@ from .reading import (
     perceptual_hash,
     read_pair,
     read_photograph,
+    read_volume,
 )
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "chase_datalist",
     "check_mask",
     "field_of_view",
+    "hippocampus_datalist",
     "inspect_items",
     "is_phantom",
     "isic_classification_datalist",
@@ -38,11 +47,13 @@ __all__ = [
     "known_pairs",
     "load_splits",
     "make_chase_phantom",
+    "make_hippocampus_phantom",
     "make_isic_classification_phantom",
     "make_isic_phantom",
     "perceptual_hash",
     "read_datalist",
     "read_pair",
     "read_photograph",
+    "read_volume",
     "settle_duplicates",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 from ..request import Item, RequestError, item_id, refuse_expressions
 from .reading import DataError
 
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 _INPUT = re.compile(r"(_Task1-2_(Training|Validation|Test)_Input|_(Training|Validation|Test|Test_v2)_Data)$", re.I)
 _TRUTH = re.compile(r"(_Task1_|_Part1_|_)(Training|Validation|Test|Test_v2)(_Part1)?_GroundTruth$", re.I)
@@ -234,6 +235,45 @@ def chase_datalist(root: str | Path, observer: str | int = 1) -> dict[str, list[
             {"image": str(path), "label": labels if len(labels) > 1 else labels[0], "image_id": child + eye,
              "patient_id": child, "eye": eye}
         )  # fmt: skip
+    return datalist
+
+
+def hippocampus_datalist(root: str | Path) -> dict[str, list[Item]]:
+    """The data list of a task of the Medical Segmentation Decathlon, every fifth labelled volume held out.
+
+    Args:
+        root: the folder with ``imagesTr`` and ``labelsTr``: NIfTI, MetaImage, NRRD, or a folder for each DICOM series;
+            an image and its label map bear the same name.
+
+    Returns:
+        ``{"training": [...], "validation": [...]}`` sorted by name. Items hold ``image``, ``label``, ``image_id`` and
+        ``patient_id``, the name.
+
+    Raises:
+        DataError: without the folders, or when an image has no label map or the reverse.
+    """
+    folders = {name: Path(root) / name for name in ("imagesTr", "labelsTr")}
+    found: dict[str, dict[str, Path]] = {}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise DataError(f"dataset_dir {root} has no folder {name}; give the folder of the task.")
+        paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+        found[name] = {path.name.split(".")[0]: path for path in paths
+                       if path.is_dir() or path.name.lower().endswith(VOLUME_SUFFIXES)}  # fmt: skip
+    images, labels = found["imagesTr"], found["labelsTr"]
+    if set(images) != set(labels) or not images:
+        odd = sorted(set(images) ^ set(labels))
+        raise DataError(
+            f"{len(odd)} volumes of {root} have an image or a label map and not both: {', '.join(odd[:5])}; complete "
+            "or remove them."
+            if odd
+            else f"dataset_dir {root} holds no volumes."
+        )
+    datalist: dict[str, list[Item]] = {"training": [], "validation": []}
+    for index, name in enumerate(sorted(images)):
+        datalist["validation" if index % 5 == 4 else "training"].append(
+            {"image": str(images[name]), "label": str(labels[name]), "image_id": name, "patient_id": name}
+        )
     return datalist
 
 

@@ -171,6 +171,28 @@ def make_chase_phantom(root: str | Path, number: int = 28, size: int = 240, seed
     return _make(root, recipe, lambda folder: _draw_fundi(folder, number, size, seed))
 
 
+def make_hippocampus_phantom(root: str | Path, number: int = 40, size: int = 32, seed: int = 0) -> str:
+    """Draw small MR-like volumes of an organ in two parts, in the layout of the Medical Segmentation Decathlon.
+
+    ``imagesTr`` and ``labelsTr`` hold NIfTI files: 1 is the front (anterior), 2 the back (posterior). Where the parts
+    meet differs from volume to volume in a way that the picture does not show. Intensities are unscaled, as there.
+
+    Args:
+        root: folder to make; kept as it is when it holds the same phantom already.
+        number: volumes.
+        size: width in voxels; the depth is a quarter more, the height a quarter less.
+        seed: fixes every volume.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        DataError: when ``root`` exists and holds something else.
+    """
+    recipe = {"phantom": "hippocampus", "version": PHANTOM_VERSION, "number": number, "size": size, "seed": seed}
+    return _make(root, recipe, lambda folder: _draw_volumes(folder, number, size, seed))
+
+
 def _make(root: str | Path, recipe: dict[str, Any], draw: Callable[[Path], None]) -> str:
     """Draw into a new folder that appears complete or not at all; keep one of the same recipe."""
     root = Path(root)
@@ -302,3 +324,28 @@ def _draw_fundi(folder: Path, number: int, size: int, seed: int) -> None:
                 ]
                 mask = _rasterise(kept + imagined, height, width) & disc
                 Image.fromarray(mask).save(folder / f"Image_{child}{eye}_{ending}.png")
+
+
+def _draw_volumes(folder: Path, number: int, size: int, seed: int) -> None:
+    import nibabel as nib
+    from scipy.ndimage import gaussian_filter
+
+    rng, shape = np.random.default_rng(seed), (size, size * 5 // 4, size * 3 // 4)
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir()
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"), -1)
+    for index in range(number):
+        lean, thick = rng.normal(0, 0.15), rng.uniform(0.26, 0.36)
+        x, y, z = np.moveaxis(grid - rng.normal(0, 0.06, 3), -1, 0)
+        x = x - lean * y - 0.25 * (y**2 - 0.2)
+        bump = gaussian_filter(rng.standard_normal(shape), size / 8)
+        organ = (x / thick) ** 2 + (y / 0.75) ** 2 + (z / thick) ** 2 + 0.35 * bump / bump.std() < 1
+        front = y > rng.normal(0.1, 0.12)  # nothing in the picture shows where the parts meet
+        image = 100 + 45 * gaussian_filter(organ.astype(float), 0.7) + 12 * gaussian_filter(y * organ, 1.5)
+        image += 14 * gaussian_filter(rng.standard_normal(shape), 1.0) * 3 + rng.normal(0, 5, shape)
+        scale = 10 ** rng.uniform(-0.5, 3)  # MR intensities mean nothing by themselves
+        label = np.where(organ, np.where(front, 1, 2), 0).astype(np.uint8)
+        affine = np.diag([1.0, 1.0, 1.0, 1.0])
+        affine[:3, 3] = rng.uniform(-20, 20, 3).round(1)
+        for kind, voxels in (("imagesTr", (scale * image.clip(0)).astype(np.float32)), ("labelsTr", label)):
+            nib.save(nib.Nifti1Image(voxels, affine), folder / kind / f"PHANTOM_{index:07d}.nii.gz")

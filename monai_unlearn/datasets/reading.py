@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -147,6 +148,57 @@ def read_photograph(item: Item) -> tuple[np.ndarray, None]:
     return _read(item["image"], as_rgb), None
 
 
+def read_volume(item: Item, number: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Read and check one volume and its label map: NIfTI, MetaImage, NRRD, or the folder of one DICOM series.
+
+    Args:
+        item: with the paths ``image`` and ``label``.
+        number: of classes, background counted; the label map holds 0 to number − 1.
+
+    Returns:
+        The middle slice as an 8-bit picture ``(H, W, 3)`` and what is labelled anything but 0, boolean ``(H, W, D)``.
+
+    Raises:
+        DataError: with the file's name and the reason.
+    """
+    files = [str(item["image"]), *label_files(item)]
+    if len(files) != 2:
+        raise DataError(f"{Path(files[0]).name}: its label {item.get('label')!r} is no path of a label map.")
+    volumes = []
+    for path in files:
+        volumes.append(_read_volume(path))
+        if volumes[-1].ndim != 4 or volumes[-1].shape[0] != 1:
+            raise DataError(f"{Path(path).name}: a volume of one channel is needed, got {tuple(volumes[-1].shape)}.")
+    image, label = volumes
+    name, values = Path(files[1]).name, np.unique(label.numpy())
+    if image.shape != label.shape:
+        raise DataError(
+            f"{name}: the label map is {tuple(label.shape[1:])} and its image {tuple(image.shape[1:])} voxels."
+        )
+    if not np.allclose(image.affine, label.affine, atol=1e-3):
+        raise DataError(f"{name}: the label map lies elsewhere than its image (their affines differ); resample it.")
+    if not set(values.tolist()) <= set(range(number)):
+        raise DataError(f"{name}: holds {values[:6].tolist()}; classes are whole numbers from 0 to {number - 1}.")
+    voxels = image[0].numpy().astype(np.float64)
+    if not np.isfinite(voxels).all() or np.ptp(voxels) == 0:
+        raise DataError(f"{Path(files[0]).name}: its values are not finite, or all alike; fetch it again.")
+    low, high = np.percentile(voxels, (1, 99))
+    middle = np.clip((voxels[..., voxels.shape[2] // 2] - low) / max(high - low, 1e-12), 0, 1)
+    return np.repeat((255 * middle).astype(np.uint8)[..., None], 3, -1), label[0].numpy() > 0
+
+
+def _read_volume(path: str) -> Any:
+    from monai.transforms import LoadImage
+
+    if not Path(path).exists():
+        raise DataError(f"{Path(path).name}: there is no such file.")
+    try:
+        return LoadImage(image_only=True, ensure_channel_first=True)(path)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise DataError(f"{Path(path).name}: cannot be read as a volume ({reason}); fetch it again.") from error
+
+
 def field_of_view(image: np.ndarray) -> np.ndarray:
     """Where a fundus photograph shows the eye and no black rim.
 
@@ -180,6 +232,13 @@ def perceptual_hash(image: np.ndarray) -> int:
     return int("".join("1" if bit else "0" for bit in bits), 2)
 
 
+def _content(path: str | Path) -> bytes:
+    """The bytes of a file, or of all files of a folder that is one volume."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
+    return b"".join(one.read_bytes() for one in files)
+
+
 def inspect_items(items: Sequence[Item], progress: bool = False, read: Reader = read_pair) -> list[Item]:
     """Read every file of a data list once, and add what the request needs to know about it.
 
@@ -204,8 +263,8 @@ def inspect_items(items: Sequence[Item], progress: bool = False, read: Reader = 
         except DataError as error:
             problems.append(str(error))
             continue
-        content = b"".join(Path(path).read_bytes() for path in label_files(item)) or repr(item.get("label")).encode()
-        done.append({**item, "sha256": hashlib.sha256(Path(item["image"]).read_bytes()).hexdigest(),
+        content = b"".join(_content(path) for path in label_files(item)) or repr(item.get("label")).encode()
+        done.append({**item, "sha256": hashlib.sha256(_content(item["image"])).hexdigest(),
                      "label_sha256": hashlib.sha256(content).hexdigest(), "phash": perceptual_hash(image),
                      "empty": mask is not None and not mask.any()})  # fmt: skip
     if problems:
