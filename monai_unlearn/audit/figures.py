@@ -39,8 +39,9 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 def distributions(scores: Mapping[str, Any], score: str, target: float | None) -> str:
     """The share of cases at or below each score, on forget, holdout and retain."""
-    figure, axes = _figure(1, 3, 11, 3)
-    for axis, split in zip(axes[0], ("forget", "holdout", "retain")):
+    splits = [split for split in ("forget", "holdout", "retain") if split in scores["original"]]
+    figure, axes = _figure(1, len(splits), 0.5 + 3.5 * len(splits), 3)
+    for axis, split in zip(axes[0], splits):
         for name in ("original", "unlearned", "retrained"):
             if name in scores:
                 values = np.sort(scores[name][split][score])
