@@ -12,7 +12,7 @@ from .boundary import (
     PerturbedSignGradient,
     boundary_margin,
 )
-from .bundle import bundle_root, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
+from .bundle import bundle_root, composed, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .compose import Rule, compose_networks, compose_state_dicts
 from .data import (
@@ -129,6 +129,7 @@ __all__ = [
     "chase_datalist",
     "compose_networks",
     "compose_state_dicts",
+    "composed",
     "content",
     "fingerprint",
     "finish",

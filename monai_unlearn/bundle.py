@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from .audit.reference import regression_reference
 from .audit.scores import Inferer, main_score, score_cases
 from .boundary import content_id
-from .checkpoint import CheckpointError, load_weights
+from .checkpoint import CheckpointError, load_weights, save_weights
+from .compose import compose_networks
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
 from .engines import forward_flops, load_phase, run_phase
@@ -220,6 +221,48 @@ def frozen(network: nn.Module, record: dict[str, Any]) -> nn.Module:
     if record.get("given"):
         return load_weights(network, record["path"]).eval().requires_grad_(False)
     return load_phase(network, record["path"], record)
+
+
+@plain_errors
+def composed(
+    base: nn.Module,
+    factory: Callable[[], nn.Module],
+    sources: Any,
+    rules: Any,
+    statistics: str,
+    image: Tensor,
+    path: str | Path,
+) -> dict[str, Any]:
+    """The phase that makes the unlearned model out of others, see :func:`monai_unlearn.compose_networks`.
+
+    Args:
+        base: the original.
+        factory: makes a network of its kind.
+        sources: files of weights by name.
+        rules: mappings with ``keys`` and one of ``take``, ``mix`` and ``add``, in order.
+        statistics: where running statistics come from: ``base`` or a source.
+        image: one sample ``(C, *spatial)``, on which the result has to differ from the base.
+        path: the file of weights to make.
+
+    Returns:
+        The phase's record: ``path``; composing is not training and costs nothing that is counted.
+
+    Raises:
+        RequestError: when sources or rules are missing, or cannot be carried out.
+    """
+    if not isinstance(sources, Mapping) or not sources or not rules:
+        raise RequestError(
+            "composing needs --compose_sources \"{'a': 'a.pt', 'b': 'b.pt'}\" and --compose_rules \"[{'keys': '*', "
+            "'add': {'a': 1, 'b': 1}}]\"."
+        )
+    device = image.device
+    networks = {str(name): load_weights(factory(), file).to(device) for name, file in sources.items()}
+    try:
+        network = compose_networks(base, networks, list(rules), statistics, image[None])
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the models cannot be composed like this: {error}") from error
+    save_weights(network, path)
+    return {"path": str(path), "given": True}
 
 
 @plain_errors

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from monai.transforms import LoadImage
@@ -16,6 +17,7 @@ from monai_unlearn.datasets import (
     chase_datalist,
     check_mask,
     field_of_view,
+    hippocampus_datalist,
     inspect_items,
     is_phantom,
     isic_classification_datalist,
@@ -23,12 +25,14 @@ from monai_unlearn.datasets import (
     known_pairs,
     load_splits,
     make_chase_phantom,
+    make_hippocampus_phantom,
     make_isic_classification_phantom,
     make_isic_phantom,
     perceptual_hash,
     read_datalist,
     read_pair,
     read_photograph,
+    read_volume,
     settle_duplicates,
 )
 from monai_unlearn.request import RequestError
@@ -497,3 +501,98 @@ def test_a_published_conflict_put_back_into_the_folders_is_named(real_data, tmp_
     found = isic_classification_datalist(tmp_path, ["actinic keratosis", "nevus"])
     with pytest.raises(DataError, match=rf"{picture.stem} \(actinic keratosis\) = {picture.stem} \(nevus\)"):
         settle_duplicates(found["training"], found["test"])
+
+
+# volumes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A task of the decathlon with six volumes."""
+    make_hippocampus_phantom(tmp_path / "task", number=6, size=16)
+    return tmp_path / "task"
+
+
+def test_a_task_of_the_decathlon_is_paired_and_every_fifth_volume_held_out(task):
+    (task / "imagesTr" / "._PHANTOM_0000000.nii.gz").write_bytes(b"")
+    found = hippocampus_datalist(task)
+    assert [item["image_id"] for item in found["validation"]] == ["PHANTOM_0000004"]
+    assert len(found["training"]) == 5
+    image, mask = read_volume(found["training"][0], 3)
+    assert image.shape == (16, 20, 3) and image.dtype == np.uint8 and mask.shape == (16, 20, 12) and mask.any()
+    (task / "labelsTr" / "PHANTOM_0000003.nii.gz").unlink()
+    with pytest.raises(DataError, match="1 volumes .* not both: PHANTOM_0000003"):
+        hippocampus_datalist(task)
+    with pytest.raises(DataError, match="no folder labelsTr"):
+        hippocampus_datalist(Path(shutil.copytree(task / "imagesTr", task.parent / "other" / "imagesTr")).parent)
+
+
+def test_the_parts_of_the_phantom_meet_where_nothing_shows_it(task):
+    cuts = []
+    for path in sorted((task / "labelsTr").iterdir()):
+        label = np.asarray(nib.load(path).dataobj)
+        assert set(np.unique(label)) == {0, 1, 2}
+        cuts.append(np.flatnonzero((label == 1).any((0, 2))).min())
+    assert len(set(cuts)) > 2
+    again = make_hippocampus_phantom(task.parent / "again", number=6, size=16)
+    for path in sorted((task / "imagesTr").iterdir()):
+        same = nib.load(Path(again) / "imagesTr" / path.name)
+        np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(same.dataobj))
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("class", r"holds \[0.*7.*classes are whole numbers from 0 to 2"), ("half", "classes are whole numbers"),
+    ("size", "voxels"), ("place", "affines differ"), ("flat", "all alike"), ("nan", "not finite"),
+    ("cut", "cannot be read as a volume"), ("gone", "no such file"), ("channels", "one channel"),
+])  # fmt: skip
+def test_a_volume_that_would_be_silently_wrong_is_refused_by_name(fault, message, task):
+    item = hippocampus_datalist(task)["training"][0]
+    image, label = (nib.load(item[key]) for key in ("image", "label"))
+    voxels, marks = np.asarray(image.dataobj).copy(), np.asarray(label.dataobj).astype(np.float32)
+    affine = label.affine.copy()
+    if fault == "class":
+        marks[0, 0, 0] = 7
+    elif fault == "half":
+        marks[marks == 1] = 0.5
+    elif fault == "size":
+        marks = marks[1:]
+    elif fault == "place":
+        affine[0, 3] += 2
+    elif fault == "flat":
+        voxels[:] = 3
+    elif fault == "nan":
+        voxels[0, 0, 0] = np.nan
+    elif fault == "channels":
+        voxels = np.stack([voxels, voxels], -1)
+    nib.save(nib.Nifti1Image(marks, affine), item["label"])
+    nib.save(nib.Nifti1Image(voxels, image.affine), item["image"])
+    if fault == "cut":
+        Path(item["image"]).write_bytes(Path(item["image"]).read_bytes()[:500])
+    elif fault == "gone":
+        Path(item["label"]).unlink()
+    with pytest.raises(DataError, match=f"PHANTOM_0000000.nii.gz: .*{message}"):
+        read_volume(item, 3)
+
+
+def test_nifti_metaimage_nrrd_and_dicom_hold_the_same_volume(real_data):
+    volumes = real_data / "volumes"
+    label = volumes / "Task04_Hippocampus" / "labelsTr" / "hippocampus_001.nii.gz"
+    images = ["Task04_Hippocampus/imagesTr/hippocampus_001.nii.gz", "itk_formats/hippocampus_001.mha",
+              "itk_formats/hippocampus_001.nrrd", "dicom/hippocampus_001"]  # fmt: skip
+    found = [read_volume({"image": str(volumes / image), "label": str(label)}, 3) for image in images]
+    for image, mask in found[1:]:
+        np.testing.assert_array_equal(image, found[0][0])
+        np.testing.assert_array_equal(mask, found[0][1])
+    items = [{"image": str(volumes / images[-1]), "label": str(label)}]
+    assert len(inspect_items(items, read=lambda item: read_volume(item, 3))[0]["sha256"]) == 64
+    other = volumes / "itk_formats" / "hippocampus_033_label.nrrd"
+    with pytest.raises(DataError, match="hippocampus_033_label.nrrd"):
+        read_volume({"image": str(volumes / images[1]), "label": str(other)}, 3)
+
+
+def test_the_real_volumes_are_all_read(real_data):
+    found = hippocampus_datalist(real_data / "volumes" / "Task04_Hippocampus")
+    assert {name: len(items) for name, items in found.items()} == {"training": 39, "validation": 9}
+    assert not any(i["empty"] for i in inspect_items(sum(found.values(), []), read=lambda item: read_volume(item, 3)))
+    with pytest.raises(DataError, match="not both"):
+        hippocampus_datalist(real_data / "quirks" / "real" / "unpaired_volumes")

@@ -189,12 +189,13 @@ def read_volume(item: Item, number: int = 2) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_volume(path: str) -> Any:
     from monai.transforms import LoadImage
+    from nibabel.filebasedimages import ImageFileError
 
     if not Path(path).exists():
         raise DataError(f"{Path(path).name}: there is no such file.")
     try:
         return LoadImage(image_only=True, ensure_channel_first=True)(path)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, ImageFileError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DataError(f"{Path(path).name}: cannot be read as a volume ({reason}); fetch it again.") from error
 

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 import jsonschema
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
@@ -22,8 +24,13 @@ NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
 OTHERS = [name for name in NAMES if name != "isic_unlearn"]  # which has a file of tests of its own
 UNCHANGED = ("identity", "learning_rate_zero", "restore_buffers")
 SUPPRESSION = ("delete", "logit_mask")
+COMPOSED = ("compose",)
 OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "resnet18", "native", "paper_256", "size_180")
-FORGET = {"chase_unlearn": "02L", "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005"}
+FORGET = {
+    "chase_unlearn": "02L",
+    "hippocampus_unlearn": "PHANTOM_0000003",
+    "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005",
+}
 
 
 def start(bundle, output_dir, *overlays, run_id="run", **arguments):
@@ -70,6 +77,8 @@ def test_the_run_leaves_its_report_and_plain_weights_and_names_nobody(bundle, qu
     if bundle == "chase_unlearn":
         assert report["splits"] == {"forget": 2, "retain": 8, "holdout": 4}  # both eyes
         assert 0 <= report["scores"]["original"]["holdout"]["mean_cldice"] <= 1
+    elif bundle == "hippocampus_unlearn":
+        assert report["splits"] == {"forget": 1, "retain": 11, "holdout": 3}
     else:
         assert len(report["scores"]["original"]["holdout"]["f1_per_class"]) == 9
 
@@ -77,7 +86,9 @@ def test_the_run_leaves_its_report_and_plain_weights_and_names_nobody(bundle, qu
 METHODS = [(b, path.stem) for b in OTHERS for path in sorted((BUNDLES / b / "configs" / "methods").glob("*.json"))]
 
 
-@pytest.mark.parametrize(("bundle", "name"), [pair for pair in METHODS if pair[1] not in OTHER_NETWORK_OR_SIZE])
+@pytest.mark.parametrize(
+    ("bundle", "name"), [pair for pair in METHODS if pair[1] not in OTHER_NETWORK_OR_SIZE + COMPOSED]
+)
 def test_every_method_runs(bundle, name, quick, tmp_path):
     folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
     request = {"forget_ids": FORGET[bundle]}
@@ -132,6 +143,38 @@ def test_the_buffer_probe_puts_the_originals_statistics_back(quick, tmp_path):
         assert torch.equal(value.cpu(), (original if "running" in name or "num_batches" in name else drifted)[name])
 
 
+def test_models_are_composed_and_audited_like_any_other(quick, tmp_path, capsys):
+    bundle = "isic_classification_unlearn"
+    folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
+    request = {"forget_ids": FORGET[bundle], "with_retrained": 0}
+    for name in ("original", "unlearned", "retrained"):
+        shutil.copy(folder / "models" / f"{name}.pt", tmp_path / f"{name}.pt")
+    sources = {"a": str(tmp_path / "unlearned.pt"), "b": str(tmp_path / "retrained.pt")}
+    rules = [{"keys": "fc.*", "take": "b"}, {"keys": "*", "add": {"a": 0.5}}]
+    start(bundle, folder, "compose", compose_sources=sources, compose_rules=rules, **request)
+    made, base, a, b = (read_weights(path) for path in (folder / "models" / "unlearned.pt",
+                        *(tmp_path / f"{name}.pt" for name in ("original", "unlearned", "retrained"))))  # fmt: skip
+    for name, value in made.items():
+        if "running" in name or "num_batches" in name:
+            assert torch.equal(value, base[name])
+        else:
+            expected = b[name] if name.startswith("fc.") else base[name] + 0.5 * (a[name] - base[name])
+            torch.testing.assert_close(value, expected)
+    report = report_of(folder)
+    assert (
+        report["cost"]["train_seconds"] is None
+        and report["scores"]["unlearned"]["forget"]["n"] == report["splits"]["forget"]
+    )
+    for bad, message in (
+        ({}, "composing needs --compose_sources"),
+        ({"compose_sources": sources, "compose_rules": [{"keys": "head", "take": "a"}]}, "no weight is called head"),
+        ({"compose_sources": {"a": "$1 + 1"}, "compose_rules": rules}, "MONAI would evaluate it"),
+    ):
+        with pytest.raises(Stop) as caught:
+            start(bundle, folder, "compose", run_id="unlearn", **bad, **request)
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
     for name in ("flexible_unet", "segformer"):
         start("isic_unlearn", tmp_path / name, name, run_id="unlearn", original_epochs=1, reference_epochs=1,
@@ -166,6 +209,44 @@ def test_a_class_is_suppressed_and_judged_on_its_unseen_members(quick, tmp_path)
     assert report["verdict"] in ("FAIL", "INCONCLUSIVE")
 
 
+def test_a_part_of_every_volume_is_suppressed_and_judged_on_unseen_ones(tmp_path):
+    (tmp_path / "request.yaml").write_text("{job: suppression, selector: {class: posterior}}")
+    out = tmp_path / "out"
+    flow = start("hippocampus_unlearn", out, forget_request=str(tmp_path / "request.yaml"), unlearn_epochs=1)
+    report = report_of(out)
+    jsonschema.validate(report, json.loads((HERE / "report_schema.json").read_text()))
+    assert report["splits"]["forget"] == 12 and report["splits"]["retain"] == 0
+    found = report["suppression"]
+    assert found["class"] == "posterior" and set(found["dice_merged"]) == {"original", "unlearned", "retrained"}
+    assert report["membership"] == {} and report["cost"]["reference_seconds"] == 0 and report["relearn"] is None
+    assert report["relabelling"]["mean_crossed"] > 0 and "2" not in report["relabelling"]["destinations"]
+    # the retrained model never saw the part: its labels hold background there
+    label = flow.parser.get_parsed_content("train#dataset")[0]["label"]
+    assert label[2].sum() > 0
+    # boundary labels as NIfTI, in the place of the padded image, under pseudonyms
+    affines = [
+        sample["affine"].numpy()
+        for sample in map(flow.parser.get_parsed_content("train#dataset").__getitem__, range(12))
+    ]
+    kept = sorted((out / "private" / "labels").glob("*/*.nii.gz"))
+    assert len(kept) == 12 and not any("PHANTOM" in path.name for path in kept)
+    for path in kept:
+        volume = nib.load(path)
+        assert any(np.allclose(volume.affine, affine) for affine in affines)
+        assert volume.shape == tuple(label.shape[1:]) and 2 not in np.unique(volume.dataobj)
+
+
+@pytest.mark.parametrize(("selector", "job", "message"), [
+    ("{class: amygdala}", "suppression", "marks no 'amygdala'; it marks anterior, posterior"),
+    ("{class: anterior}", "deletion", "suppressed and not deleted"),
+])  # fmt: skip
+def test_a_part_that_is_not_there_or_is_to_be_deleted_is_refused(selector, job, message, tmp_path, capsys):
+    (tmp_path / "request.yaml").write_text(f"{{job: {job}, selector: {selector}}}")
+    with pytest.raises(Stop) as caught:
+        start("hippocampus_unlearn", tmp_path / "out", run_id="plan", forget_request=str(tmp_path / "request.yaml"))
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_masks_of_both_observers_become_one_soft_label(tmp_path):
     flow = start("chase_unlearn", tmp_path / "out", run_id="original", observer="both", original_epochs=1)
     label = flow.parser.get_parsed_content("validate#dataset")[0]["label"]
@@ -180,9 +261,8 @@ def test_too_few_children_for_two_references_are_refused_beforehand(tmp_path):
 @pytest.mark.parametrize("bundle", OTHERS)
 def test_inference_runs_on_a_folder_of_pictures(bundle, quick, tmp_path):
     folder = quick(bundle)
-    pictures = folder / "phantom_quick"
-    if bundle != "chase_unlearn":
-        pictures = pictures / "Test" / "nevus"
+    inside = {"hippocampus_unlearn": "imagesTr", "isic_classification_unlearn": "Test/nevus"}.get(bundle, "")
+    pictures = folder / "phantom_quick" / inside
     flow = ConfigWorkflow(
         str(BUNDLES / bundle / "configs" / "inference.json"), workflow_type="infer", logging_file=False,
         output_dir=str(tmp_path), dataset_dir=str(pictures), model_path=str(folder / "models" / "unlearned.pt"),
@@ -193,6 +273,11 @@ def test_inference_runs_on_a_folder_of_pictures(bundle, quick, tmp_path):
     number = len(list(pictures.glob("*.jpg")))
     if bundle == "chase_unlearn":
         assert len(list(tmp_path.glob("*.png"))) == number
+    elif bundle == "hippocampus_unlearn":
+        for path in pictures.iterdir():
+            volume, mask = nib.load(path), nib.load(tmp_path / path.name.replace(".nii", "_segmentation.nii"))
+            assert mask.shape == volume.shape and set(np.unique(mask.dataobj)) <= {0, 1, 2}
+            np.testing.assert_allclose(mask.affine, volume.affine)
     else:
         rows = (tmp_path / "predictions.csv").read_text().splitlines()
         assert len(rows) == number
