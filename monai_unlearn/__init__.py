@@ -5,12 +5,12 @@
 from . import audit
 from .audit import reference_parts, write_report
 from .boundary import (
+    BoundaryMargin,
     BoundaryRelabel,
     DenseBoundaryRelabel,
     InputDomain,
     LegacyBoundary,
     PerturbedSignGradient,
-    boundary_margin,
 )
 from .bundle import bundle_root, composed, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
@@ -88,6 +88,7 @@ from .request import DeletionRequest, Resolution, make_request, manifest, publis
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundaryMargin",
     "BoundaryRelabel",
     "CheckMaskd",
     "ContradictLoss",
@@ -123,7 +124,6 @@ __all__ = [
     "as_mask",
     "as_rgb",
     "audit",
-    "boundary_margin",
     "bundle_root",
     "cache_outputs",
     "chase_datalist",

@@ -720,21 +720,32 @@ class DenseBoundaryRelabel:
         }
 
 
-def boundary_margin(search: PerturbedSignGradient, image: Tensor, mask: Tensor) -> Tensor:
+class BoundaryMargin:
     """How far each voxel of a binary mask is from becoming background, for weighting the loss that forgets it.
 
-    The search never moves the background: it ascends over the mask alone.
+    Steps to cross divided by the most that any voxel of the image took, in [0, 1], ``(B, 1, *spatial)``; a voxel that
+    never crossed counts one step more than were made, and ``outside`` stands outside the mask. The search never moves
+    the background: it ascends over the mask alone.
 
     Args:
         search: in the original model, whose output has one channel.
-        image: ``(B, C, *spatial)``.
-        mask: ``(B, 1, *spatial)``.
+        outside: weight of the voxels outside the mask.
 
-    Returns:
-        Steps to cross divided by the most that any voxel of the image took, in [0, 1], ``(B, 1, *spatial)``; a voxel
-        that never crossed counts one step more than were made, and 0 stands outside the mask.
+    Raises:
+        ValueError: when ``outside`` is negative.
     """
-    region = mask[:, 0] > 0.5
-    steps = search.dense(image, region.long(), region).steps.clamp_min(0).to(image)
-    most = steps.flatten(1).amax(1).clamp_min(1).view(-1, *[1] * (steps.ndim - 1))
-    return (steps / most).unsqueeze(1)
+
+    def __init__(self, search: PerturbedSignGradient, outside: float = 0.0) -> None:
+        if outside < 0:
+            raise ValueError(f"outside must not be negative, got {outside}.")
+        self.search, self.outside, self.batch_size = search, outside, search.batch_size
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        region = mask[:, 0] > 0.5
+        steps = self.search.dense(image, region.long(), region).steps.clamp_min(0).to(image)
+        most = steps.flatten(1).amax(1).clamp_min(1).view(-1, *[1] * (steps.ndim - 1))
+        return torch.where(region, steps / most, self.outside).unsqueeze(1)
+
+    def report(self) -> dict[str, Any]:
+        """How often a sample went through the network, either way."""
+        return {"passes": self.search.forwards + self.search.backwards}

@@ -278,6 +278,7 @@ def unlearning_targets(
     inferer: Inferer | None = None,
     teacher_on_forget: bool = False,
     label_store: LabelStore | None = None,
+    weight: Relabel | None = None,
 ) -> dict[str, Any]:
     """What the unlearning phase needs to know of the frozen models, computed once on the deterministic view.
 
@@ -294,13 +295,16 @@ def unlearning_targets(
         inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
         teacher_on_forget: whether the forget loss reads the teacher's logits too (its ``uses_teacher``).
         label_store: where labels that a search makes are kept from one run to the next; None keeps none.
+        weight: says how much each voxel of a forget item counts, such as :class:`monai_unlearn.BoundaryMargin`; None
+            weights none.
 
     Returns:
-        ``values``: the teacher's logits (``teacher``) and the new labels (``forget_label``) by item, for the
-        ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`; ``stop_value``: the IoU or accuracy expected of the
-        forget set (:func:`monai_unlearn.audit.regression_reference`), None without a reference; ``relabelling``: what
-        the relabel reports of its search, if it does; and what it cost: ``seconds``, ``flops``, ``images`` (a forward
-        pass counts a third). Labels that were kept count as if they had been made.
+        ``values``: the teacher's logits (``teacher``), the new labels (``forget_label``) and the weights
+        (``forget_weight_map``) by item, for the ``targets`` of a :class:`monai_unlearn.data.MemoryDataset`;
+        ``stop_value``: the IoU or accuracy expected of the forget set
+        (:func:`monai_unlearn.audit.regression_reference`), None without a reference; ``relabelling``: what the relabel
+        reports of its search, if it does; and what it cost: ``seconds``, ``flops``, ``images`` (a forward pass counts a
+        third). Labels that were kept count as if they had been made.
 
     Raises:
         CheckpointError: when kept labels do not belong to this network, search and data.
@@ -318,6 +322,10 @@ def unlearning_targets(
         labels, found = _relabelled(relabel, original, forget, device, batch_size, label_store)
         values["forget_label"] = {store_key(item): label for item, label in zip(forget.data, labels)}
         forwards += found.get("passes", len(forget))
+    if weight is not None:
+        weights, passes = _relabelled(weight, original, forget, device, batch_size, None)
+        values["forget_weight_map"] = {store_key(item): one for item, one in zip(forget.data, weights)}
+        forwards += passes.get("passes", len(forget))
     if reference is not None:
         on_forget, on_unseen = (score_cases(reference, one, device, batch_size, inferer) for one in (forget, unseen))
         of_original = score_cases(original, unseen, device, batch_size, inferer)

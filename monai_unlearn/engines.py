@@ -31,8 +31,8 @@ class PrepareUnlearning(PrepareBatch):
     """The ``prepare_batch`` of a trainer that unlearns: gives the samples to forget their new labels.
 
     A label computed beforehand (the item ``forget_label``) is used where the batch holds one, else ``relabel`` makes
-    it. The teacher's logits are taken from the batch (the item ``teacher``) where it holds them, else from ``teacher``.
-    The batch is left as it is.
+    it. The teacher's logits are taken from the batch (the item ``teacher``) where it holds them, else from ``teacher``;
+    weights for a weighted forget loss from the item ``forget_weight_map``. The batch is left as it is.
 
     Args:
         relabel: new labels for the samples to forget, see :mod:`monai_unlearn.relabel`.
@@ -76,7 +76,9 @@ class PrepareUnlearning(PrepareBatch):
             self.teacher.eval()
             with torch.no_grad():
                 teacher = self.teacher(image)
-        return image, Target(label, forget, teacher), (), {}
+        weight = batchdata.get("forget_weight_map")
+        weight = None if weight is None else weight.to(device, non_blocking=non_blocking)
+        return image, Target(label, forget, teacher, weight), (), {}
 
 
 def training_flops(network: nn.Module, image: Tensor) -> int:

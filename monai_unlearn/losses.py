@@ -24,11 +24,14 @@ class Target(NamedTuple):
         forget: which samples those are, boolean ``(B,)``.
         teacher: the frozen original's logits in the same shape; None where nothing needs them. Rows of samples to
             forget are read only by a forget loss with ``uses_teacher``.
+        weight: how much each voxel counts, not negative, for a forget loss with ``uses_weight``; None elsewhere. Rows
+            of samples to keep are not read.
     """
 
     label: Tensor
     forget: Tensor
     teacher: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class DistillationLoss(nn.Module):
@@ -90,6 +93,7 @@ class DivergenceLoss(nn.Module):
 
     Args:
         temperature: T.
+        weighted: take a weight for each voxel, ``(B, 1, *spatial)`` or ``(B, 1)``, and the mean over all weights.
 
     Raises:
         ValueError: when T is not positive.
@@ -99,19 +103,23 @@ class DivergenceLoss(nn.Module):
         0.6931
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, weighted: bool = False) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        self.temperature = temperature
+        self.temperature, self.uses_weight = temperature, weighted
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Logits and probabilities, ``(B, C, *spatial)`` or ``(B, C)``."""
-        scale, input = self.temperature**2, input / self.temperature
+    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits and probabilities, ``(B, C, *spatial)`` or ``(B, C)``, and the weight where it is used."""
+        input = input / self.temperature
         if input.shape[1] == 1:
             cross = F.binary_cross_entropy_with_logits(input, target, reduction="none")
-            return scale * (cross - torch.special.entr(target) - torch.special.entr(1 - target)).mean()
-        return -scale * (target * input.log_softmax(1) + torch.special.entr(target)).sum(1).mean()
+            divergence = cross - torch.special.entr(target) - torch.special.entr(1 - target)
+        else:
+            divergence = -(target * input.log_softmax(1) + torch.special.entr(target)).sum(1, keepdim=True)
+        if weight is None:
+            return self.temperature**2 * divergence.mean()
+        return self.temperature**2 * (weight * divergence).sum() / weight.sum().clamp_min(1e-12)
 
 
 class MaximumEntropyLoss(nn.Module):
@@ -205,7 +213,8 @@ class UnlearningLoss(nn.Module):
     Args:
         retain: ``(logits, label) -> scalar`` on the samples to keep; None leaves the term out.
         forget: the same on the samples to forget with their new labels; None leaves the term out. A loss whose
-            attribute ``uses_teacher`` is true gets the teacher's logits as third argument.
+            attribute ``uses_teacher`` is true gets the teacher's logits as third argument, one with ``uses_weight``
+            the weights.
         distill: ``(logits, teacher's logits) -> scalar`` on the samples to keep; None leaves the term out.
         forget_weight: λ; negative ascends. May be set while training.
 
@@ -247,6 +256,12 @@ class UnlearningLoss(nn.Module):
             logits, label = input[forget], target.label[forget]
             if getattr(self.forget, "uses_teacher", False):
                 term = self.forget(logits, label, _teacher(target)[forget])
+            elif getattr(self.forget, "uses_weight", False):
+                if target.weight is None:
+                    raise ValueError(
+                        "the forget loss is weighted, but the target holds no weights (forget_weight_map)."
+                    )
+                term = self.forget(logits, label, target.weight[forget])
             else:
                 term = self.forget(logits, label)
             loss = loss + self.forget_weight * term

@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from monai_unlearn import BoundaryRelabel, DenseBoundaryRelabel, InputDomain, LegacyBoundary, PerturbedSignGradient
-from monai_unlearn.boundary import LEFT_OUT, ROUTES, _Walk, boundary_margin, draw_noise
+from monai_unlearn import (
+    BoundaryMargin,
+    BoundaryRelabel,
+    DenseBoundaryRelabel,
+    InputDomain,
+    LegacyBoundary,
+    PerturbedSignGradient,
+)
+from monai_unlearn.boundary import LEFT_OUT, ROUTES, _Walk, draw_noise
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 QUIET = {"noise": 0.0, "domain": InputDomain.unbounded()}
@@ -488,7 +495,9 @@ def test_a_binary_mask_becomes_background_and_its_margin_counts_the_steps():
     image = torch.tensor([[[[-0.4, 0.07], [0.13, 0.33]]]])
     mask = torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])
     search = PerturbedSignGradient(network, epsilon=0.8, epsilon_max=0.8, step=0.1, fraction=1.0, **QUIET)
-    margin = boundary_margin(search, image, mask)
-    torch.testing.assert_close(margin, torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]]))
+    margin = BoundaryMargin(search, outside=0.1)(image, mask)
+    torch.testing.assert_close(margin, torch.tensor([[[[0.1, 0.25], [0.5, 1.0]]]]))
+    with pytest.raises(ValueError, match="outside"):
+        BoundaryMargin(search, -1)
     new = DenseBoundaryRelabel(search, [1])(image, mask)
     assert new.shape == mask.shape and (new == 0).all()  # elsewhere the original says background, too

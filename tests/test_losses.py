@@ -119,7 +119,7 @@ def test_the_order_of_the_samples_does_not_matter():
     logits, target = batch([True, False, False, True, False])
     order = torch.tensor([3, 1, 4, 0, 2])
     loss = UnlearningLoss(BCE, BCE, DistillationLoss())
-    torch.testing.assert_close(loss(logits[order], Target(*(part[order] for part in target))), loss(logits, target))
+    torch.testing.assert_close(loss(logits[order], Target(*(part[order] for part in target[:3]))), loss(logits, target))
 
 
 @pytest.mark.parametrize("forget", [True, False])
@@ -199,6 +199,23 @@ def test_divergence_at_a_temperature_is_the_distillation_of_a_label_softened_wit
     torch.testing.assert_close(DivergenceLoss(3.0)(logits, softened), expected)
     with pytest.raises(ValueError, match="temperature"):
         DivergenceLoss(0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 3, 3, 3)])
+def test_a_weighted_divergence_is_the_mean_over_the_weights(shape):
+    logits, label = torch.randn(shape), torch.rand(shape)
+    label = label if shape[1] == 1 else label.softmax(1)
+    loss, weight = DivergenceLoss(weighted=True), torch.rand(2, 1, 3, 3)
+    torch.testing.assert_close(loss(logits, label, torch.full_like(weight, 0.3)), DivergenceLoss()(logits, label))
+    one = torch.zeros_like(weight)
+    one[1, 0, 2, 1] = 5
+    voxel = (slice(1, 2), slice(None), slice(2, 3), slice(1, 2))
+    torch.testing.assert_close(loss(logits, label, one), DivergenceLoss()(logits[voxel], label[voxel]))
+    flags = torch.tensor([True, False])
+    whole = UnlearningLoss(None, loss, forget_weight=2.0)(logits, Target(label, flags, None, weight))
+    torch.testing.assert_close(whole, 2 * loss(logits[:1], label[:1], weight[:1]))
+    with pytest.raises(ValueError, match="forget_weight_map"):
+        UnlearningLoss(None, loss)(logits, Target(label, flags))
 
 
 def test_a_sample_to_forget_that_has_no_label_adds_to_no_term():
