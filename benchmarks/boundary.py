@@ -42,6 +42,8 @@ CONTROLS = {  # one seed
     "legacy": ("boundary_legacy",),
     "legacy, statistics put back": ("boundary_legacy", "restore_buffers"),
 }
+COMPOSED = "women, then men: changes added"  # two requests, each from the original, and their task vectors
+PARTS = {"a": "sex == 'female'", "b": "sex != 'female'"}
 SPLITS = ("forget", "retain", "holdout_alike", "holdout_other")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
 
@@ -81,7 +83,7 @@ def table(rows: list[dict], job: str) -> str:
     for model in ("original", "retrained", "retrained_other"):
         lines.append([model.replace("_", ", "), *(cell(first, f"{model}_{c}") for c in columns),
                       "1" if "re" in model[:2] else "", str(len(first)), ""])  # fmt: skip
-    for method in [*OURS.get(job, {}), *CONTROLS]:
+    for method in [*OURS.get(job, {}), COMPOSED, *CONTROLS]:
         chosen = [row for row in rows if row["method"] == method]
         if chosen:
             cost = sum(share(row, "flops") for row in chosen) / len(chosen)
@@ -143,22 +145,32 @@ def main() -> None:
         run(BUNDLE, (NETWORK,), arguments.dataset_dir, folder, "original", forget_fraction=0.1, seed=seed)
         return {"original_model": (folder / "models" / "original.pt").absolute(), "seed": seed}
 
+    def unlearn(
+        folder: Path, job: str, overlays: tuple[str, ...], seed: int, also: str = "", **options: object
+    ) -> dict:
+        selector = JOBS[job][1].replace("}", f" and {also}}}") if also else JOBS[job][1]
+        folder.mkdir(parents=True, exist_ok=True)
+        request = folder / "request.yaml"
+        split = "on_split_group: include\n" if job != "class" else ""
+        request.write_text(f"id: {job}\njob: {JOBS[job][0]}\nselector: {selector}\n{split}")
+        options = given(seed) | {"forget_request": request.absolute(), "with_retrained": 2, **options}
+        return run(BUNDLE, (NETWORK, *overlays), arguments.dataset_dir, folder, **options)
+
     if arguments.dataset_dir:
         for seed in arguments.seeds:
             for job in (one for one in arguments.jobs if one != "sweep"):
+                folder = arguments.output_dir / job / f"seed{seed}"
                 for method, overlays in {**OURS[job], **(CONTROLS if seed == 0 else {})}.items():
-                    if measured(job, method, seed):
-                        continue
-                    folder = arguments.output_dir / job / f"seed{seed}"
-                    folder.mkdir(parents=True, exist_ok=True)
-                    request = folder / "request.yaml"
-                    request.write_text(
-                        f"id: {job}\njob: {JOBS[job][0]}\nselector: {JOBS[job][1]}\n"
-                        + ("on_split_group: include\n" if job != "class" else "")
-                    )
-                    options = given(seed) | {"forget_request": request.absolute(), "with_retrained": 2}
-                    report = run(BUNDLE, (NETWORK, *overlays), arguments.dataset_dir, folder, **options)
-                    append(ROWS, row_of(report, job, method, seed))
+                    if not measured(job, method, seed):
+                        append(ROWS, row_of(unlearn(folder, job, overlays, seed), job, method, seed))
+                if job == "site" and seed == 0 and not measured(job, COMPOSED, seed):
+                    files = {}
+                    for name, also in PARTS.items():
+                        unlearn(folder / name, job, (), seed, also, with_retrained=0)
+                        files[name] = str((folder / name / "models" / "unlearned.pt").absolute())
+                    rules = [{"keys": "*", "add": dict.fromkeys(files, 1.0)}]
+                    options = {"compose_sources": files, "compose_rules": rules}
+                    append(ROWS, row_of(unlearn(folder, job, ("compose",), seed, **options), job, COMPOSED, seed))
         if "sweep" in arguments.jobs:
             ids = sorted(path.stem for path in (Path(arguments.dataset_dir) / "Train" / SWEPT).glob("*.jpg"))
             random.Random(0).shuffle(ids)
