@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,13 +129,13 @@ class InputDomain:
             mean, std = spread(self.mean), spread(self.std)
             low, high, unit = (self.low - mean) / std, (self.high - mean) / std, 1 / std
         else:
-            values = image.flatten(2)
-            counts = values != 0 if self.nonzero else torch.ones_like(values, dtype=torch.bool)
-            hidden = values.masked_fill(~counts, torch.nan)
-            limits = torch.nanquantile(hidden, image.new_tensor(self.quantiles), dim=2)
-            deviation = (hidden - hidden.nanmean(2, keepdim=True)).square().nanmean(2).sqrt()
-            low, high, unit = (one.nan_to_num().view(*image.shape[:2], *shape[2:]) for one in (*limits, deviation))
-            unit = unit * counts.view_as(image) if self.nonzero else unit
+            facts = np.zeros((3, image.shape[0] * image.shape[1]), np.float32)
+            for place, values in enumerate(image.flatten(2).flatten(0, 1).cpu().numpy()):
+                values = values[values != 0] if self.nonzero else values
+                if len(values):  # torch's quantile takes no more than 16 million values
+                    facts[:, place] = *np.quantile(values, self.quantiles), values.std()
+            low, high, unit = torch.from_numpy(facts).to(image).view(3, *image.shape[:2], *shape[2:])
+            unit = unit * (image != 0) if self.nonzero else unit
         return Bounds(torch.minimum(low, image), torch.maximum(high, image), unit)
 
 
@@ -329,7 +330,7 @@ class PerturbedSignGradient:
         walk.at[stayed] = image[stayed]
         new[stayed] = logits.masked_fill(~allowed, -torch.inf).argmax(1)[stayed]
         wrong = route == ROUTES.index("misclassified")
-        out = ~allowed.any(1) | (stayed if self.residue == "drop" else wrong & (self.misclassified == "drop"))
+        out = ~allowed.any(1) | (stayed & (self.residue == "drop")) | (wrong & (self.misclassified == "drop"))
         new[out], route[out] = -1, ROUTES.index("dropped")
         return Crossings(new, route, walk.steps, walk.distance(), logits, walk.at)
 
@@ -360,7 +361,8 @@ class PerturbedSignGradient:
             ids: what fixes each image's noise; by default its content.
         """
         image = image.detach().float()
-        own, region = own.to(image.device).long(), region.to(image.device).bool()
+        region = region.to(image.device).bool()
+        own = torch.where(region, own.to(image.device).long(), 0)  # elsewhere it may hold anything, such as 255
         walk = _Walk(self, image, ids)
         new, steps = torch.where(region, own, -1), torch.full_like(own, -1)
         share = torch.ones(len(image), device=image.device)

@@ -302,6 +302,17 @@ def test_no_sample_gets_its_own_class_back(options):
         assert torch.equal(found.label, said.argmax(1))
 
 
+def test_a_sample_may_be_left_out_for_either_reason():
+    image = samples(40)
+    network = ready(convolutional(), image)
+    own = torch.arange(40) % 4
+    search = PerturbedSignGradient(network, misclassified="drop", residue="drop", epsilon=1e-3, epsilon_max=1e-3)
+    found = search(image, classes(own, 4))
+    wrong = network(image).argmax(1) != own
+    assert wrong.any() and (found.label[wrong] == -1).all()
+    assert (found.label[~wrong] == -1).any()
+
+
 def test_where_there_is_no_third_class_the_sample_is_left_out():
     network = Affine([[1.0, 0.0], [0.0, 1.0]], [0.0, 1.0])
     found = PerturbedSignGradient(network, misclassified="search", **QUIET)(torch.zeros(1, 2, 1), classes([0], 2))
@@ -442,6 +453,10 @@ def test_a_dense_search_stops_at_its_share_and_the_rest_takes_the_runner_up():
     made = found.steps[found.steps < found.steps.max()].max()
     assert (found.steps == made + 1).sum() == 16 - round(16 * found.crossed.item())
     assert (found.label == 2).all()
+    half = region.clone()
+    half[:, 2:] = False
+    ignored = search.dense(image, torch.where(half, 0, 255), half)  # outside the region a label may be anything
+    assert torch.equal(ignored.label, search.dense(image, torch.zeros(1, 4, 4), half).label)
     empty = search.dense(image, torch.zeros(1, 4, 4), ~region)
     assert empty.crossed.item() == 1 and (empty.label == -1).all()
 
