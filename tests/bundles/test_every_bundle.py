@@ -241,11 +241,12 @@ def test_the_retrained_model_is_never_taught_a_suppressed_part(organ, there, tmp
     configs = BUNDLES / "hippocampus_unlearn" / "configs" / "train.json"
     (tmp_path / "request.yaml").write_text("{job: suppression, selector: {class: posterior}}")
     labels = []
-    for left_out in ([], [2]):
+    for left_out in ([], [2]):  # as the phase retrain sets it
         flow = ConfigWorkflow(str(configs), workflow_type="train", logging_file=False, quick=1, organ=organ,
-                              output_dir=str(tmp_path / "out"), left_out=left_out,
+                              output_dir=str(tmp_path / "out"), left_out=left_out, left_out_as=there,
                               forget_request=str(tmp_path / "request.yaml"))  # fmt: skip
         flow.initialize()
+        assert flow.parser.get_parsed_content("taught_as") == there
         labels.append(flow.parser.get_parsed_content("train#dataset")[0]["label"].argmax(0))
     part = labels[0] == 2
     assert part.any() and (labels[1][part] == there).all() and torch.equal(labels[1][~part], labels[0][~part])
