@@ -67,7 +67,7 @@ class InputDomain:
             the number of channels does not fit.
 
     Example:
-        >>> InputDomain.normalised((0.5,), (0.5,)).bounds(torch.zeros(1, 1, 2, 2)).low.item()
+        >>> InputDomain.normalised((0.5,), (0.5,)).bounds(torch.zeros(1, 1, 2, 2)).low.min().item()
         -1.0
     """
 
