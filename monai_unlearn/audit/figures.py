@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,8 @@ def _shown(image: np.ndarray) -> np.ndarray:
 
 
 def mask_cases(cases: list[dict[str, Any]]) -> str:
-    """Cases in rows: image, truth, both models' outlines and what changed."""
+    """Cases in rows: image, truth, both models' outlines and what changed; of several structures the first is drawn in
+    full lines, the others dashed and dotted."""
     figure, axes = _figure(len(cases), 5, 13, 2.2 * len(cases))
     for row, case in zip(axes, cases):
         picture = _shown(case["image"])
@@ -132,8 +134,10 @@ def mask_cases(cases: list[dict[str, Any]]) -> str:
             (row[2], "original", "#3182ce"),
             (row[3], "unlearned", "#38a169"),
         ):
-            axis.contour(case[key][-1], levels=[0.5], colors=[colour], linewidths=1.0)
-        row[4].imshow(np.abs(case["original"][-1] - case["unlearned"][-1]), cmap="magma", vmin=0, vmax=1)
+            for mask, line in zip(case[key], itertools.cycle(("solid", "dashed", "dotted"))):
+                if mask.min() < 0.5 < mask.max():
+                    axis.contour(mask, levels=[0.5], colors=[colour], linewidths=1.0, linestyles=line)
+        row[4].imshow(np.abs(case["original"] - case["unlearned"]).max(0), cmap="magma", vmin=0, vmax=1)
         row[0].set_ylabel(case["split"], fontsize=9)
         for axis, name, letter in ((row[2], "original", "T"), (row[3], "unlearned", "S")):
             score = case["scores"][name]

@@ -431,9 +431,8 @@ def _example_cases(
 
 
 def _flat(shown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Image and foreground as pictures ``(C, H, W)``: of a volume the slice that shows most of the label."""
-    flat = {key: value[1:].sum(0, keepdims=True) if key != "image" and len(value) > 1 else value
-            for key, value in shown.items()}  # fmt: skip
+    """Image and foreground channels as pictures ``(C, H, W)``: of a volume the slice that shows most of the label."""
+    flat = {key: value[1:] if key != "image" and len(value) > 1 else value for key, value in shown.items()}
     if flat["label"].ndim == 4:
         at = int(flat["label"].sum((0, 1, 2)).argmax())
         flat = {key: value[..., at] for key, value in flat.items()}
