@@ -163,9 +163,16 @@ def test_epsilon_grows_at_once_when_it_is_used_up():
     assert wide(torch.zeros(1, 2, 1), classes([0], 2)).steps.item() == 2
 
 
+def imagenet(image, which):
+    """ImageNet's means or deviations for as many channels as the image has."""
+    numbers = (IMAGENET[which] * 2)[: image.shape[1]]
+    return torch.tensor(numbers).view(1, -1, *[1] * (image.ndim - 2))
+
+
 DOMAINS = [
     (InputDomain.unit(), lambda x: x),
     (InputDomain.normalised((0.5,), (0.25,)), lambda x: (x - 0.5) / 0.25),
+    ("imagenet", lambda x: (x - imagenet(x, 0)) / imagenet(x, 1)),
     (InputDomain.window(-100, 300), lambda x: x),
     (InputDomain.sample(), lambda x: (x - x.mean()) / x.std() * (x > 0.2)),
 ]
@@ -176,6 +183,11 @@ DOMAINS = [
 @pytest.mark.parametrize("domain,make", DOMAINS)
 def test_epsilon_and_domain_are_never_exceeded(domain, make, channels, dims):
     image = make(samples(6, channels, dims))
+    if domain == "imagenet":
+        domain = InputDomain.normalised(*((one * 2)[:channels] for one in IMAGENET))
+        assert domain.bounds(image).low.flatten(2)[0, :, 0].tolist() == pytest.approx(
+            (-imagenet(image, 0) / imagenet(image, 1)).flatten().tolist()
+        )
     network = ready(convolutional(channels, dims), image)
     own = network(image).argmax(1)
     search = PerturbedSignGradient(network, domain, noise=0.3, bisection=2)

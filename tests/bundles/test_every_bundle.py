@@ -131,6 +131,16 @@ def test_a_second_retrained_model_says_how_far_two_of_them_lie_apart(quick, tmp_
     assert all(0 <= share <= 1 for rows in report["agreement"].values() for share in rows.values())
 
 
+@pytest.mark.parametrize("name", ["boundary", "boundary_soft"])
+def test_boundary_labels_at_a_learning_rate_of_zero_change_no_bit(name, quick, tmp_path):
+    bundle = "isic_classification_unlearn"
+    folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
+    start(bundle, folder, name, run_id="unlearn", forget_ids=FORGET[bundle], learning_rate=0.0)
+    original, unlearned = (read_weights(folder / "models" / f"{one}.pt") for one in ("original", "unlearned"))
+    torch.testing.assert_close(unlearned, original, rtol=0, atol=0)
+    assert json.loads((folder / "models" / "unlearned.json").read_text())["images"] > 0
+
+
 def test_the_buffer_probe_puts_the_originals_statistics_back(quick, tmp_path):
     folder = Path(shutil.copytree(quick("isic_classification_unlearn"), tmp_path / "output"))
     flow = start("isic_classification_unlearn", folder, "boundary_legacy", "restore_buffers", run_id="unlearn",
