@@ -266,7 +266,8 @@ class LabelStore:
         in a folder beside the labels, for people to look at.
         """
         state = {pseudonym(self.key, item_id(item)): label.contiguous() for item, label in zip(items, labels)}
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
         metadata = {"description": json.dumps(description, sort_keys=True), "report": json.dumps(report),
                     "sha256": weights_digest(state)}  # fmt: skip
         write_safetensors(state, self.path(description), metadata, mode=0o600)

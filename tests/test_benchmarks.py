@@ -16,8 +16,6 @@ SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem != "rows"
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_table_shows_every_row_there_is(script):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    if not script.with_suffix(".csv").exists():
-        pytest.skip("nothing measured yet")
     with script.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     key = next(name for name in ("row", "method", "child") if name in rows[0])

@@ -153,6 +153,7 @@ def test_kept_labels_come_back_for_the_same_network_search_and_data_only(tmp_pat
     kept, report = store.load(description, items[::-1])
     assert report == {"passes": 7} and all(torch.equal(a, b) for a, b in zip(kept, labels[::-1]))
     assert b"patient" not in store.path(description).read_bytes()
+    assert tmp_path.stat().st_mode & 0o077 == 0 and store.path(description).stat().st_mode & 0o077 == 0
     for other in (
         store.describe(nn.Linear(2, 3), {"epsilon": 0.1}, samples),
         store.describe(network, {"epsilon": 0.2}, samples),

@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 BUNDLES = HERE.parents[1] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
 OTHERS = [name for name in NAMES if name != "isic_unlearn"]  # which has a file of tests of its own
-UNCHANGED = ("identity", "learning_rate_zero", "restore_buffers")
+UNCHANGED = ("identity", "learning_rate_zero")
 SUPPRESSION = ("delete", "logit_mask")
-COMPOSED = ("compose",)
+OWN_TEST = ("compose", "restore_buffers")
 OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "resnet18", "native", "paper_256", "size_180")
 FORGET = {
     "chase_unlearn": "02L",
@@ -87,7 +87,7 @@ METHODS = [(b, path.stem) for b in OTHERS for path in sorted((BUNDLES / b / "con
 
 
 @pytest.mark.parametrize(
-    ("bundle", "name"), [pair for pair in METHODS if pair[1] not in OTHER_NETWORK_OR_SIZE + COMPOSED]
+    ("bundle", "name"), [pair for pair in METHODS if pair[1] not in OTHER_NETWORK_OR_SIZE + OWN_TEST]
 )
 def test_every_method_runs(bundle, name, quick, tmp_path):
     folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
@@ -157,17 +157,18 @@ def test_models_are_composed_and_audited_like_any_other(quick, tmp_path, capsys)
     bundle = "isic_classification_unlearn"
     folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
     request = {"forget_ids": FORGET[bundle], "with_retrained": 0}
-    for name in ("original", "unlearned", "retrained"):
+    for name in ("original", "judge", "retrained"):
         shutil.copy(folder / "models" / f"{name}.pt", tmp_path / f"{name}.pt")
-    sources = {"a": str(tmp_path / "unlearned.pt"), "b": str(tmp_path / "retrained.pt")}
+    sources = {"a": str(tmp_path / "judge.pt"), "b": str(tmp_path / "retrained.pt")}
     rules = [{"keys": "fc.*", "take": "b"}, {"keys": "*", "add": {"a": 0.5}}]
     start(bundle, folder, "compose", compose_sources=sources, compose_rules=rules, **request)
     made, base, a, b = (read_weights(path) for path in (folder / "models" / "unlearned.pt",
-                        *(tmp_path / f"{name}.pt" for name in ("original", "unlearned", "retrained"))))  # fmt: skip
+                        *(tmp_path / f"{name}.pt" for name in ("original", "judge", "retrained"))))  # fmt: skip
     for name, value in made.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(value, base[name])
         else:
+            assert not torch.equal(a[name], base[name]) and not torch.equal(b[name], base[name])
             expected = b[name] if name.startswith("fc.") else base[name] + 0.5 * (a[name] - base[name])
             torch.testing.assert_close(value, expected)
     report = report_of(folder)
