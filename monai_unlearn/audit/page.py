@@ -84,8 +84,8 @@ def _suppression(report: Mapping[str, Any]) -> list[str]:
     parts = [
         f"<h2>Is {kind} gone?</h2>",
         _table(["unseen cases", *columns.values()], rows),
-        f"<p class=note>{found['unseen_members']} unseen cases of it. The probe looks for it in the features that the "
-        "last layer reads; .5 means it is not there.</p>",
+        f"<p class=note>{found['unseen_members']} unseen cases of it. The probe looks for it in the model's last "
+        "features; .5 means it is not there.</p>",
     ]
     if report["relearn"]:
         parts += ["<h2>How fast five examples bring it back</h2>", figures.relearning(report["relearn"])]
