@@ -33,7 +33,9 @@ def row_of(report: dict, method: str) -> dict:
     for model in MODELS:
         row |= {f"{model}_{key}": found[key][model] for key in ("f1_unseen", "macro_f1_others", "linear_probe")}
         row |= {f"{model}_{split}": report["scores"][model][split]["accuracy"] for split in ("retain", "holdout_other")}
-        row[f"{model}_relearn"] = json.dumps({at["steps"]: round(at["f1"], 3) for at in report["relearn"][model]})
+        row[f"{model}_relearn"] = json.dumps(
+            {at["steps"]: round(at["f1"], 3) for at in report["relearn"]["few_shot"][model]}
+        )
     return row | costs(report, ("seconds", "flops"))
 
 

@@ -12,7 +12,19 @@ from .boundary import (
     LegacyBoundary,
     PerturbedSignGradient,
 )
-from .bundle import bundle_root, composed, content, fingerprint, frozen, phase, resolved, unlearning_targets, variant
+from .bundle import (
+    bundle_root,
+    composed,
+    content,
+    fingerprint,
+    frozen,
+    given_reference,
+    judges,
+    phase,
+    resolved,
+    unlearning_targets,
+    variant,
+)
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .compose import Rule, compose_networks, compose_state_dicts
 from .data import (
@@ -135,10 +147,12 @@ __all__ = [
     "finish",
     "freeze_norm",
     "frozen",
+    "given_reference",
     "hippocampus_datalist",
     "inject_lora",
     "isic_classification_datalist",
     "isic_datalist",
+    "judges",
     "keep_label",
     "load_adapter",
     "load_weights",

@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -26,7 +26,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import Tensor, nn
 
-from .audit.reference import regression_reference
+from .audit.reference import References, regression_reference
 from .audit.scores import Inferer, main_score, score_cases
 from .boundary import content_id
 from .checkpoint import CheckpointError, load_weights, save_weights
@@ -221,6 +221,46 @@ def frozen(network: nn.Module, record: dict[str, Any]) -> nn.Module:
     if record.get("given"):
         return load_weights(network, record["path"]).eval().requires_grad_(False)
     return load_phase(network, record["path"], record)
+
+
+def given_reference(reference_models: Any, place: int) -> str | None:
+    """The file of the teacher (0) or the judge (1) where the user gave such; fold models judge and never teach."""
+    return None if not reference_models or isinstance(reference_models, Mapping) else str(reference_models[place])
+
+
+@plain_errors
+def judges(
+    factory: Callable[[], nn.Module],
+    reference_models: Any,
+    part: Sequence[Item],
+    resolution: Resolution,
+    device: str | torch.device = "cpu",
+) -> References:
+    """The references that judge: the files given, the fold models given, or the one that this run trains.
+
+    Args:
+        factory: makes a plain network.
+        reference_models: None; files, of which all but the first judge; or cross-validation models by the fold that
+            each was not trained on, ``{"0": "fold0.pt", ...}``.
+        part: what the run's own judge is trained on.
+        resolution: who is forgotten.
+        device: where to compute.
+
+    Raises:
+        RequestError: when a fold has no model, or a file does not fit.
+    """
+    if isinstance(reference_models, Mapping):
+        networks = {fold: frozen(factory(), {"path": path, "given": True}).to(device)
+                    for fold, path in reference_models.items()}  # fmt: skip
+        try:
+            return References.of_folds(networks, [*resolution.training, *resolution.holdout])
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+    if reference_models:  # what of the retained cases they saw is not known
+        retained = {item_id(item) for item in resolution.splits["retain"]}
+        given = [frozen(factory(), {"path": path, "given": True}).to(device) for path in reference_models[1:]]
+        return References(given, [retained] * len(given))
+    return References([content("judge_network")], [{item_id(item) for item in part}])
 
 
 @plain_errors

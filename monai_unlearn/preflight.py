@@ -227,7 +227,8 @@ def prepare(
         job: deletion, suppression or revision.
         seed: of a drawn forget set.
         original_model: weights given by the user; the split must be stated then.
-        reference_models: two files of weights that saw neither forget set nor holdout: the teacher and the judge.
+        reference_models: files of weights that saw neither forget set nor holdout: the teacher, then the judges; or
+            cross-validation models by the fold that each was not trained on, which judge.
         output_dir: of the run; the phantom lies in it.
         quick: draw the small phantom.
         default_fold: see ``holdout_fold``.
@@ -285,15 +286,18 @@ def check_references(paths: Any) -> None:
     """Refuse references given by the user that could not do their two jobs.
 
     Raises:
-        RequestError: when there are not two of them, or both hold the same weights.
+        RequestError: when there are not two of them, or two hold the same weights.
         CheckpointError: when one cannot be read.
     """
-    if not isinstance(paths, (list, tuple)) or len(paths) != 2:
+    by_fold = isinstance(paths, Mapping)
+    if not by_fold and (not isinstance(paths, (list, tuple)) or len(paths) < 2):
         raise RequestError(
-            "reference_models takes two files, \"['teacher.pt', 'judge.pt']\": one teaches, the other judges."
+            "reference_models takes two files or more, \"['teacher.pt', 'judge.pt']\": the first teaches, the others "
+            "judge; or cross-validation models by the fold that each was not trained on, \"{0: 'fold0.pt', ...}\"."
         )
-    if len({weights_digest(read_weights(path)) for path in paths}) < 2:
-        raise RequestError("reference_models hold the same weights; the same model cannot teach and judge.")
+    files = list(paths.values()) if by_fold else list(paths)
+    if len({weights_digest(read_weights(path)) for path in files}) < len(files):
+        raise RequestError("reference_models hold the same weights twice; the same model cannot teach and judge.")
 
 
 def _plan_only() -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from toy import ITEMS, dataset, draw
 
 from monai_unlearn.audit import (
+    References,
     SplitEvaluator,
     attack,
     auc,
@@ -38,10 +39,11 @@ from monai_unlearn.audit import (
     write_report,
 )
 from monai_unlearn.audit.page import render
-from monai_unlearn.audit.report import cost_table, judge_verdict, plain
+from monai_unlearn.audit.report import cost_table, plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
 from monai_unlearn.audit.suppression import judge_suppression
+from monai_unlearn.audit.verdict import controls, judge_verdict
 from monai_unlearn.engines import forward_flops
 from monai_unlearn.request import DeletionRequest, Resolution, resolve
 
@@ -297,10 +299,8 @@ def verdict(unlearned, original=ORIGINAL, retrained=None, job="deletion", groups
     target = expected_unseen(JUDGE["forget"]["iou"], original["holdout"]["iou"], JUDGE["holdout"]["iou"])
     attacked = {name: rows for name, rows in scores.items() if name != "judge"}
     table = membership_table(attacked, JUDGE, groups)
-    from monai_unlearn.audit.report import _controls
 
-    controls = _controls(scores, table, groups, 0)
-    return judge_verdict(resolution, scores, groups, target, table, controls)
+    return judge_verdict(resolution, scores, groups, target, table, controls(scores, table, groups, 0))
 
 
 def test_a_model_like_the_retrained_is_not_refuted():
@@ -353,14 +353,16 @@ def test_the_requests_own_limits_count():
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(tmp_path_factory):
     items = [{**item, "group": f"p{item['image']}"} for item in ITEMS]
-    holdout = [{"image": str(i), "label": "m", "group": f"h{i}"} for i in range(50, 58)]
+    holdout = [{"image": str(i), "label": "m", "group": f"h{i}", "sex": "fm"[i % 2]} for i in range(50, 58)]
     resolution = Resolution(DeletionRequest({"ids": ["a"]}, id="r <1>"), items, holdout, [], {})
     networks = {"original": small_unet(), "unlearned": small_unet(seed=1), "reference": None}
     phases = {"unlearn": {"seconds": 2.0, "flops": 10, "images": 5, "reports": {}, "trainable_parameters": 3},
               "cache": {"seconds": 1.0, "flops": 2, "images": 1}}  # fmt: skip
-    return audit(resolution, networks, small_unet(seed=2), draw, phases=phases, data="toy", show_forget=True)
+    return audit(resolution, networks, small_unet(seed=2), draw, phases=phases, data="toy", show_forget=True,
+                 loss=nn.BCEWithLogitsLoss(), subgroups=["sex"], key=b"k" * 16,
+                 private=tmp_path_factory.mktemp("private"))  # fmt: skip
 
 
 def test_the_report_holds_what_others_build_on(report):
@@ -369,9 +371,16 @@ def test_the_report_holds_what_others_build_on(report):
     assert set(report["scores"]) == {"original", "unlearned", "judge"}
     row = report["scores"]["unlearned"]["holdout"]
     assert set(row) >= {"mean_iou", "mean_dice", "loss", "n", "ci"} and row["n"] == 8
-    assert set(report["membership"]["original"]) == {"raw", "calibrated", "raw_loss", "calibrated_loss"}
+    assert report["tier"] == 1 and report["references"] == 1
+    assert set(report["membership"]["original"]) >= {"raw", "calibrated", "raw_loss", "calibrated_loss", "rmia"}
     assert report["verdict"] in ("FAIL", "INCONCLUSIVE", "NOT REFUTED") and report["not_tested"]
-    assert report["relearn"] is None and report["stop"] is None
+    assert set(row) >= {"ece", "ece_band", "brier", "mean_hd95", "mean_nsd", "n_hd95_undefined"}
+    assert set(report["relearn"]) == {"forget", "benign", "unrelated"} and report["stop"] is None
+    assert [at["steps"] for at in report["relearn"]["benign"]["judge"]] == [0, 5, 10, 20, 40]
+    assert report["relearn"]["forget"]["unlearned"][0] == report["relearn"]["unrelated"]["unlearned"][0]
+    assert [row["value"] for row in report["subgroups"]] == ["f", "m"] and report["subgroups"][0]["n"] == 4
+    assert set(report["probes"]["rounding"]) == {"bf16", "int8", "int4"}
+    assert len(report["cases"]) == 3 and all(len(row["cases"][0]) == 12 for row in report["cases"])
     json.dumps({key: value for key, value in report.items() if not key.startswith("_")}, allow_nan=False)
 
 
@@ -385,12 +394,12 @@ def test_costs_add_up_and_what_was_not_run_is_empty(report):
 def test_the_page_is_one_file_with_its_figures_and_escapes_what_it_shows(report, tmp_path, capsys):
     page = write_report(report, tmp_path)
     text = Path(page).read_text()
-    assert text.count("data:image/png;base64,") == 2 and "http" not in text.replace("https", "")
+    assert text.count("data:image/png;base64,") == 6 and "http" not in text.replace("https", "")
     assert "r &lt;1&gt;" in text and "r <1>" not in text
     assert report["verdict"] in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     stop = {"reference": 0.7, "best_epoch": 1, "history": [{"epoch": 0, "forget": 0.9, "retain": 0.9}]}
-    assert render({**report, "stop": stop}).count("data:image/png") == 3
+    assert render({**report, "stop": stop}).count("data:image/png") == 7
     assert any(case["split"] == "forget" for case in report["_figures"]["cases"])
 
 
@@ -400,11 +409,13 @@ def test_numbers_that_are_not_finite_become_nothing():
 
 
 def test_the_judge_must_not_be_the_teacher():
-    network = small_unet()
-    with pytest.raises(ValueError, match="must not be the reference"):
-        audit(None, {"reference": network}, network, draw)
+    teacher, models = small_unet(seed=5), {"original": small_unet(), "unlearned": small_unet(seed=1)}
+    with pytest.raises(ValueError, match="must not be the reference"):  # another object, the same weights
+        audit(None, {**models, "reference": teacher}, copy.deepcopy(teacher), draw)
+    with pytest.raises(ValueError, match="must not be the original"):
+        audit(None, models, References([small_unet(seed=7), small_unet()]), draw)
     with pytest.raises(ValueError, match="needs the unlearned model"):
-        audit(None, {"original": network}, small_unet(), draw)
+        audit(None, {"original": teacher}, small_unet(), draw)
 
 
 # classification -------------------------------------------------------------------------------------------------------
@@ -522,7 +533,8 @@ def test_a_class_hidden_in_the_head_alone_is_found_by_the_probe(tmp_path):
     found = hidden["suppression"]
     assert found["f1_unseen"]["original"] == 1 and found["f1_unseen"]["unlearned"] == 0
     assert found["linear_probe"]["unlearned"] == 1.0
-    assert hidden["relearn"]["original"][0]["f1"] == 1 and hidden["relearn"]["unlearned"][0]["f1"] == 0
+    assert hidden["relearn"]["few_shot"]["original"][0]["f1"] == 1
+    assert hidden["relearn"]["few_shot"]["unlearned"][0]["f1"] == 0
     assert found["macro_f1_others"]["unlearned"] == 1
     assert hidden["verdict"] == "FAIL" and "head only" in hidden["reasons"][0]
     assert hidden["expected_unseen"] == 0 and hidden["membership"] == {}
@@ -572,9 +584,6 @@ def test_only_a_class_of_the_model_can_be_suppressed():
         suppressed_class(resolution, ("a", "b"))
     deletion = resolve(DeletionRequest({"ids": ["1"]}), items, [])
     assert suppressed_class(deletion, KINDS) is None
-    with pytest.raises(ValueError, match="needs a judge"):
-        audit(resolve(DeletionRequest({"ids": ["1"]}), items, [{"image": "99", "label": 0}]),
-              {"original": Brightness(), "unlearned": Brightness()}, None, picture, classes=KINDS)  # fmt: skip
 
 
 def test_the_probe_needs_members_in_every_fold_and_keeps_groups_whole():

@@ -23,10 +23,10 @@ COLOURS = {
 LABELS = {"iou": "IoU", "margin": "margin of the true class", "accuracy": "accuracy"}
 
 
-def _png(figure: Any) -> str:
+def _png(figure: Any, alt: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def distributions(scores: Mapping[str, Any], score: str, target: float | None) -
             axis.set(xlim=(0, 1))
     axes[0][0].set_ylabel("share of cases at or below")
     axes[0][0].legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, "distribution of the scores")
 
 
 def class_bars(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -70,7 +70,7 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         axis.set(ylabel=f"F1, {split}", ylim=(0, 1), xticks=range(len(classes)), xticklabels=[])
     axes[-1][0].set_xticklabels(classes, rotation=25, ha="right", fontsize=8)
     axes[0][0].legend(fontsize=8, ncols=3)
-    return _png(figure)
+    return _png(figure, "F1 of each class")
 
 
 def trajectory(stop: Mapping[str, Any], restoration: Mapping[str, Any] | None) -> str:
@@ -90,19 +90,88 @@ def trajectory(stop: Mapping[str, Any], restoration: Mapping[str, Any] | None) -
     axis.axvline(stop["best_epoch"], color="#718096", linewidth=1, label="kept")
     axis.set(xlabel="epoch", ylabel="mean score")
     axis.legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, "scores over the epochs")
 
 
-def relearning(curves: Mapping[str, Any]) -> str:
-    """F1 of a class that a few examples bring back, over the steps."""
-    figure, axes = _figure(1, 1, 7, 3)
-    for name, curve in curves.items():
-        axes[0][0].plot(
-            [at["steps"] for at in curve], [at["f1"] for at in curve], "o-", color=COLOURS[name], label=name
-        )
-    axes[0][0].set(xlabel="steps on five examples", ylabel="F1 on unseen cases", ylim=(0, 1))
+TAUGHT = {
+    "few_shot": "steps on five examples",
+    "forget": "steps on the forget set",
+    "benign": "steps on retained cases",
+    "unrelated": "steps on unseen cases",
+}
+
+
+def relearning(kinds: Mapping[str, Mapping[str, Any]], level: float | None = None) -> str:
+    """What a few steps of training bring back: the score over the steps, by what was trained on.
+
+    Args:
+        kinds: curves of each model by kind.
+        level: the original's score on the forget set.
+    """
+    figure, axes = _figure(1, len(kinds), 0.5 + 4 * len(kinds) if len(kinds) > 1 else 7, 3)
+    for axis, (kind, curves) in zip(axes[0], kinds.items()):
+        for name, curve in curves.items():
+            values = [at.get("f1", at.get("score")) for at in curve]
+            axis.plot([at["steps"] for at in curve], values, "o-", color=COLOURS[name], label=name)
+        if level is not None:
+            axis.axhline(level, color=COLOURS["original"], linestyle=":", label="original")
+        axis.set(xlabel=TAUGHT[kind])
+        if kind == "few_shot":
+            axis.set(ylim=(0, 1))
+    if len(kinds) > 1:
+        low = min(axis.get_ylim()[0] for axis in axes[0])
+        high = max(axis.get_ylim()[1] for axis in axes[0])
+        for axis in axes[0]:
+            axis.set(ylim=(low, high))
+    axes[0][0].set_ylabel("F1 on unseen cases" if "few_shot" in kinds else "score on the forget set")
     axes[0][0].legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, "scores over a few steps of training")
+
+
+def calibrated(attacked: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the judged attack sees of each model: forgotten against unseen patients, one point a patient's score."""
+    kind = "calibrated" if "calibrated" in attacked["unlearned"] else "raw"
+    names = [name for name in ("original", "unlearned", "retrained") if name in attacked]
+    figure, axes = _figure(1, len(names), 0.5 + 3.5 * len(names), 2.6)
+    sides = {name: [side[~np.isnan(side)] for side in attacked[name][kind]] for name in names}
+    values = np.concatenate([side for pair in sides.values() for side in pair])
+    bins = np.linspace(values.min(), values.max() + 1e-9, 25)
+    for axis, name in zip(axes[0], names):
+        for side, label, colour in zip(sides[name], ("forgotten", "unseen"), ("#c53030", "#4a5568")):
+            weights = np.full(len(side), 1 / max(1, len(side)))
+            axis.hist(side, bins, weights=weights, histtype="stepfilled", alpha=0.45, color=colour, label=label)
+        axis.set(title=name, xlabel=f"{kind} score of a patient")
+    axes[0][0].set_ylabel("share of patients")
+    axes[0][0].legend(fontsize=8)
+    return _png(figure, "scores that the attack sees")
+
+
+def reliability(scores: Mapping[str, Any], key: str) -> str:
+    """How often each model is right when it is so sure, on unseen cases."""
+    figure, axes = _figure(1, 1, 3.6, 3.4)
+    axes[0][0].plot([0, 1], [0, 1], color="#a0aec0", linestyle=":")
+    for name in ("original", "unlearned", "retrained"):
+        if name in scores:
+            count, confidence, hits = scores[name]["holdout"][key].sum(0)
+            seen = count > 0
+            axes[0][0].plot(
+                confidence[seen] / count[seen], hits[seen] / count[seen], "o-", color=COLOURS[name], label=name
+            )
+    axes[0][0].set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes[0][0].legend(fontsize=8)
+    return _png(figure, "confidence against accuracy")
+
+
+def residual(profiles: Mapping[str, Mapping[str, Any]]) -> str:
+    """The residual memory by distance from the surface of the truth, forget cases beside unseen ones."""
+    figure, axes = _figure(1, 1, 7, 3)
+    for split, colour in (("forget", "#c53030"), ("holdout", "#4a5568")):
+        axes[0][0].plot(profiles[split]["distance"], profiles[split]["profile"], "o-", color=colour, label=split)
+    axes[0][0].axhline(0, color="#a0aec0", linestyle=":")
+    axes[0][0].axvline(0, color="#a0aec0", linewidth=1)
+    axes[0][0].set(xlabel="voxels from the surface of the truth (left: inside)", ylabel="loss − references' loss, nats")
+    axes[0][0].legend(fontsize=8)
+    return _png(figure, "residual memory by distance from the surface")
 
 
 def drift(moved: Mapping[str, float], most: int = 12) -> str:
@@ -112,7 +181,7 @@ def drift(moved: Mapping[str, float], most: int = 12) -> str:
     axes[0][0].barh(range(len(layers)), [moved[name] for name in layers], color=COLOURS["unlearned"])
     axes[0][0].set(yticks=range(len(layers)), xlabel="‖ΔW‖ / ‖W‖")
     axes[0][0].set_yticklabels(layers, fontsize=7)
-    return _png(figure)
+    return _png(figure, "layers that moved most")
 
 
 def _shown(image: np.ndarray) -> np.ndarray:
@@ -124,7 +193,8 @@ def _shown(image: np.ndarray) -> np.ndarray:
 def mask_cases(cases: list[dict[str, Any]]) -> str:
     """Cases in rows: image, truth, both models' outlines and what changed; of several structures the first is drawn in
     full lines, the others dashed and dotted."""
-    figure, axes = _figure(len(cases), 5, 13, 2.2 * len(cases))
+    residuals = any("residual" in case for case in cases)
+    figure, axes = _figure(len(cases), 5 + residuals, 13 + 2.6 * residuals, 2.2 * len(cases))
     for row, case in zip(axes, cases):
         picture = _shown(case["image"])
         for axis in row[:4]:
@@ -138,15 +208,19 @@ def mask_cases(cases: list[dict[str, Any]]) -> str:
                 if mask.min() < 0.5 < mask.max():
                     axis.contour(mask, levels=[0.5], colors=[colour], linewidths=1.0, linestyles=line)
         row[4].imshow(np.abs(case["original"] - case["unlearned"]).max(0), cmap="magma", vmin=0, vmax=1)
+        if residuals:
+            row[5].imshow(picture, cmap="gray")
+            if "residual" in case:
+                row[5].imshow(case["residual"], interpolation="nearest")
         row[0].set_ylabel(case["split"], fontsize=9)
         for axis, name, letter in ((row[2], "original", "T"), (row[3], "unlearned", "S")):
             score = case["scores"][name]
             axis.set_xlabel(f"{letter}_fg {score['confidence']:.2f} · IoU {score['iou']:.2f}", fontsize=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ("image", "truth", "original (T)", "unlearned (S)", "|T − S|")):
+    for axis, title in zip(axes[0], ("image", "truth", "original (T)", "unlearned (S)", "|T − S|", "residual memory")):
         axis.set_title(title, fontsize=9)
-    return _png(figure)
+    return _png(figure, "example cases")
 
 
 def class_cases(cases: list[dict[str, Any]], classes: Sequence[str]) -> str:
@@ -161,7 +235,7 @@ def class_cases(cases: list[dict[str, Any]], classes: Sequence[str]) -> str:
         row[1].set(ylim=(0, 1), xticks=range(len(classes)), xticklabels=[])
     axes[-1][1].set_xticklabels(classes, rotation=25, ha="right", fontsize=7)
     axes[0][1].legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, "example cases")
 
 
 def destinations(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -181,7 +255,7 @@ def destinations(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         axis.set_xticklabels(classes, rotation=90, fontsize=7)
     axes[0][0].set_yticklabels(classes, fontsize=7)
     axes[0][0].set_ylabel("true class, number of cases")
-    return _png(figure)
+    return _png(figure, "what the models say of the forgotten")
 
 
 def decision_regions(embedded: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str], grid: int = 150) -> str:
@@ -216,4 +290,4 @@ def decision_regions(embedded: Mapping[str, Mapping[str, np.ndarray]], classes: 
     handles = [Line2D([], [], marker="o", linestyle="", color=palette[k], label=kind)
                for k, kind in enumerate(classes)]  # fmt: skip
     figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=8, bbox_to_anchor=(0.5, -0.08))
-    return _png(figure)
+    return _png(figure, "features in two dimensions")

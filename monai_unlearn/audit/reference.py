@@ -6,14 +6,118 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import nn
 
-from ..request import Item
-from .scores import main_score
+from ..checkpoint import weights_digest
+from ..data import MemoryDataset
+from ..request import Item, item_id
+from .scores import Rows, main_score, score_cases
 
 COVARIATES = {"iou": ("iou", "entropy", "area"), "accuracy": ("accuracy", "margin", "entropy")}
+
+
+@dataclass(frozen=True)
+class References:
+    """Models that never saw the cases they judge, and taught nobody.
+
+    Attributes:
+        networks: one or more; cross-validation models that exist already will do.
+        saw: for each network the ids of the items it was trained on; empty where it saw none of the run's.
+    """
+
+    networks: Sequence[nn.Module]
+    saw: Sequence[Collection[str]] = field(default_factory=list)
+
+    @classmethod
+    def of_folds(cls, networks: Mapping[Any, nn.Module], items: Sequence[Item]) -> References:
+        """Cross-validation models by the fold that each did not see; an item without a ``fold`` was seen by none.
+
+        Raises:
+            ValueError: when an item lies in a fold that no model belongs to.
+        """
+        folds = {str(item["fold"]) for item in items if "fold" in item}
+        missing = sorted(folds - {str(fold) for fold in networks})
+        if missing:
+            raise ValueError(f"no reference model for fold {', '.join(missing)} of the data list.")
+        saw = [{item_id(item) for item in items if str(item.get("fold", fold)) != str(fold)} for fold in networks]
+        return cls(list(networks.values()), saw)
+
+    def refuse(self, teachers: Mapping[str, nn.Module]) -> None:
+        """Raise ValueError where one of the networks holds the weights of a model that taught, or is judged."""
+        taught = {weights_digest(network.state_dict()): name for name, network in teachers.items()}
+        for network in self.networks:
+            name = taught.get(weights_digest(network.state_dict()))
+            if name is not None:
+                raise ValueError(f"a judge must not be the {name} model; give two different models.")
+
+    def never_saw(self, item: Item) -> list[nn.Module]:
+        """The networks that were not trained on an item."""
+        saw = self.saw or [()] * len(self.networks)
+        return [network for network, ids in zip(self.networks, saw) if item_id(item) not in ids]
+
+    def score(self, datasets: Mapping[str, MemoryDataset], seed: int = 0, **options: Any) -> dict[str, Rows]:
+        """Scores of every case by those of the networks that never saw it.
+
+        Every case of the forget set and the holdout is judged by equally many, so that one side's scores do not vary
+        less than the other's; where more are at hand the seed draws.
+
+        Args:
+            datasets: by split.
+            seed: draws the networks of a case.
+            options: of :func:`monai_unlearn.audit.score_cases`.
+
+        Returns:
+            split -> rows, the means over a case's networks; ``likelihood`` is the mean of exp(−loss). NaN where too few
+            of them never saw a case; ``true`` and ``predicted`` are the first one's.
+
+        Raises:
+            ValueError: when a forget or unseen case was seen by every reference.
+        """
+        saw = [set(ids) for ids in self.saw] or [set() for _ in self.networks]
+        may = {
+            split: np.array([[item_id(item) not in ids for item in dataset.data] for ids in saw])
+            for split, dataset in datasets.items()
+        }
+        counted = {split: allowed.sum(0) for split, allowed in may.items() if split != "retain"}
+        number = min(int(count.min()) for count in counted.values())
+        if number == 0:
+            seen = sum(int((count == 0).sum()) for count in counted.values())
+            raise ValueError(
+                f"{seen} forget or unseen cases were seen by every reference; a case is judged only by models that "
+                "never saw it. Give references that were trained without them."
+            )
+        rng, found = np.random.default_rng(seed), {}
+        for split, dataset in datasets.items():
+            priority = np.where(may[split], rng.random(may[split].shape), 2.0).argsort(0)
+            chosen = np.zeros_like(may[split])
+            np.put_along_axis(chosen, priority[:number], True, 0)
+            chosen &= may[split] & (may[split].sum(0) >= number)
+            found[split] = self._mean(chosen, dataset, options)
+        return found
+
+    def _mean(self, chosen: np.ndarray, dataset: MemoryDataset, options: Mapping[str, Any]) -> Rows:
+        total: Rows = {}
+        share = 1 / np.maximum(1, chosen.sum(0))
+        for place, (network, mine) in enumerate(zip(self.networks, chosen)):
+            if not mine.any():
+                continue
+            items = [item for item, own in zip(dataset.data, mine) if own]
+            rows = score_cases(network, MemoryDataset(items, dataset.transform, dataset.store), **options)
+            rows["likelihood"] = np.exp(-rows["loss"])
+            first = mine & ~chosen[:place].any(0)
+            for name, values in rows.items():
+                mean = total.setdefault(name, np.zeros((len(mine), *values.shape[1:])))
+                if name in ("true", "predicted"):
+                    mean[first] = values[first[mine]]
+                else:
+                    mean[mine] += values * share[mine].reshape(-1, *[1] * (values.ndim - 1))
+        return {name: np.where(chosen.any(0).reshape(-1, *[1] * (mean.ndim - 1)), mean, np.nan)
+                for name, mean in total.items()}  # fmt: skip
 
 
 def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> list[list[Item]]:

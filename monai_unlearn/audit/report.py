@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
-"""The evidence in one dict, judged by limits that were fixed beforehand."""
+"""The evidence in one dict."""
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import resource
@@ -14,36 +15,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..checkpoint import write_json, write_text
+from ..checkpoint import load_weights, write_json, write_text
 from ..data import MemoryDataset
 from ..engines import forward_flops
+from ..lora import load_adapter, merge_lora
 from ..relabel import probabilities
-from ..request import Resolution
-from .membership import SIGNS, attacked_score, membership_table, negative_control, rank_test
+from ..request import DeletionRequest, Item, Resolution, groups_of, item_id, pseudonym
+from .distance import compare_cases, tug_of_war
+from .durability import (
+    PRECISIONS,
+    STEPS,
+    Loss,
+    anamnesis_index,
+    relearn_curve,
+    removable,
+    rounded,
+    with_statistics_of,
+)
+from .membership import (
+    attacked_score,
+    attacked_scores,
+    membership_table,
+    rank_test,
+    retained_leak,
+    strongest_attack,
+    two_version_leak,
+)
 from .page import render
 from .probes import embed
-from .reference import completeness, expected_unseen
-from .scores import Inferer, MaskMetrics, main_score, score_cases, summary
+from .reference import References, completeness, expected_unseen
+from .residual import coloured, residual_memory, residual_profiles
+from .scores import Inferer, MaskMetrics, Rows, main_score, rows_of, score_cases, summary
 from .statistics import bootstrap_mean, group_means
 from .suppression import class_evidence, judge_suppression, structure_evidence, suppressed_class, suppressed_structure
+from .verdict import controls, equivalence_to_retrained, judge_verdict
 
 SCHEMA = "monai_unlearn.report/1"
 REPORTED = ("original", "unlearned", "retrained", "retrained_other", "reference")
-NAMES = {"iou": "IoU", "accuracy": "accuracy"}
 NOT_TESTED = [
-    "rounding of the weights (bf16, int8, int4)",
-    "attacks with shadow models (LiRA, RULI)",
+    "attacks with many shadow models (LiRA, RULI) and many pairs of models",
     "copies of the data outside this run: backups, archives, other models trained on it",
 ]
-Scores = dict[str, dict[str, dict[str, np.ndarray]]]
+MOST_RELEARNED = 100  # forget cases that a relearning curve scores
+Scores = dict[str, dict[str, Rows]]
 
 
 def audit(
     resolution: Resolution,
     networks: Mapping[str, nn.Module | None],
-    judge: nn.Module | None,
+    judge: nn.Module | References | None,
     transform: Callable[[Any], Any],
     store: dict[Any, Any] | None = None,
     device: str | torch.device = "cpu",
@@ -57,15 +79,22 @@ def audit(
     classes: Sequence[str] = (),
     structures: Sequence[str] = (),
     probe_layer: str = "",
+    loss: Loss | None = None,
+    subgroups: Sequence[str] = (),
+    key: bytes | None = None,
+    private: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score every model on every split, attack the models, run both controls and reach a verdict.
+
+    The tier follows from what is given: 0 without references, 1 with them, 2 with a retrained model as well.
 
     Args:
         resolution: who was forgotten.
         networks: ``original``, ``unlearned``, and where made ``reference`` (the teacher), ``retrained`` and
             ``retrained_other``, a second one of another seed; None is left out.
-        judge: a reference that never saw forget set or holdout and taught nobody; None for a suppressed class, which
-            is not judged by membership.
+        judge: what never saw forget set or holdout and taught nobody: one network, or several with what each saw; None
+            for a suppressed class, which is not judged by membership, and for tier 0.
         transform: deterministic preprocessing.
         store: of decoded items, shared with the run.
         device: where to compute.
@@ -80,38 +109,41 @@ def audit(
         classes: their names in the order of the logits, for classification.
         structures: the names of the foreground channels, for the segmentation of several structures.
         probe_layer: the module whose input the probe for a suppressed structure reads.
+        loss: of logits and labels, to relearn with; None leaves relearning and benign fine-tuning out.
+        subgroups: metadata columns whose groups of unseen cases are looked at one by one.
+        key: of the pseudonyms in the table of cases; without it they are numbered.
+        private: where residual-memory maps of the forget cases are written for viewers; None writes none.
+        adapter: the folder of the run's adapter, to say what it would give back.
 
     Returns:
         The report; ``_figures`` holds what the page draws and is left out of the JSON.
 
     Raises:
-        ValueError: when judge and reference are the same network, or a model is missing.
+        ValueError: when a judge holds the weights of the teacher or of an audited model, or a model is missing.
     """
     models = {name: network for name, network in networks.items() if network is not None}
-    if judge is not None and judge is networks.get("reference"):
-        raise ValueError("the judge must not be the reference that taught; give two different models.")
     for name in ("original", "unlearned"):
         if name not in models:
             raise ValueError(f"the audit needs the {name} model.")
+    judges = References([judge]) if isinstance(judge, nn.Module) else judge
+    if judges is not None:
+        judges.refuse({name: models[name] for name in ("reference", "original", "unlearned") if name in models})
     start, phases = time.perf_counter(), phases or {}
     splits = resolution.splits
     datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items() if items}
     if "holdout" not in datasets:
         raise ValueError("the audit needs cases that no model was trained on; the holdout is empty.")
     suppressed = suppressed_class(resolution, classes) if classes else suppressed_structure(resolution, structures)
-    if judge is None and suppressed is None:
-        raise ValueError("the audit needs a judge: a reference that taught nobody.")
-    scores: Scores = {
-        name: {
-            split: score_cases(network, dataset, device, batch_size, inferer, metrics, f"scoring {name}")
-            for split, dataset in datasets.items()
-        }
-        for name, network in {**models, "judge": judge}.items()
-        if network is not None
-    }
-    groups = {name: [item["group"] for item in items] for name, items in splits.items()}
+    groups = {name: [str(item["group"]) for item in items] for name, items in splits.items()}
+    options: dict[str, Any] = {
+        "device": device, "batch_size": batch_size, "inferer": inferer, "metrics": metrics
+    }  # fmt: skip
+    meter = _Meter(forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer))
+    scores = _score_all(models, judges, datasets, splits, options, seed, meter)
     main = main_score(scores["original"]["holdout"])
-    suppression, membership, controls = None, {}, {}
+    target: float | None = None
+    suppression, membership, control, strongest, leaks, equivalent = None, {}, {}, {}, None, None
+    compared = _compare(models, datasets, splits, options, meter)
     if suppressed is not None:
         target = 0.0  # what was never taught is never named
         suppression = (
@@ -122,17 +154,37 @@ def audit(
         )  # fmt: skip
         verdict, reasons = judge_suppression(suppression, resolution.request.limits_in_force["utility"])
     else:
-        of_judge, unseen = scores["judge"], scores["original"]["holdout"][main]
-        target = expected_unseen(of_judge["forget"][main], unseen, of_judge["holdout"][main])
+        out = scores.get("judge")
+        if out is not None:
+            unseen = scores["original"]["holdout"][main]
+            target = expected_unseen(out["forget"][main], unseen, out["holdout"][main])
         attacked: Scores = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
-        membership = membership_table(attacked, of_judge, groups, seed)
-        controls = _controls(scores, membership, groups, seed)
-        verdict, reasons = judge_verdict(resolution, scores, groups, target, membership, controls, seed)
-    images = sum(len(items) for name, items in splits.items() if "_" not in name) * len(scores)
-    flops = images * forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer)
-    spent = {"seconds": time.perf_counter() - start, "images": images / 3, "flops": flops}
+        membership = membership_table(attacked, out, groups, seed)
+        if out is not None:
+            strongest = {name: strongest_attack(rows, out, groups, seed) for name, rows in attacked.items()}
+        leaks = _leaks(scores, groups, seed)
+        control = controls(scores, membership, groups, seed)
+        equivalent = equivalence_to_retrained(scores, compared, groups, resolution.request.limits_in_force, seed)
+        verdict, reasons = judge_verdict(
+            resolution, scores, groups, target, membership, control, strongest.get("unlearned"), equivalent,
+            bool(removable(models["unlearned"].state_dict())), seed,
+        )  # fmt: skip
+    relearn = suppression.pop("relearn", None) if suppression else None
+    if relearn is not None:
+        relearn = {"few_shot": relearn}
+    elif loss is not None and suppressed is None:
+        relearn = _relearn(models, judges, datasets, loss, options, seed, meter)
+    has_maps = main == "iou" and judges is not None and suppressed is None
+    profiles = (
+        residual_profiles(models["unlearned"], judges, datasets, device, inferer, private, key)
+        if has_maps and judges is not None
+        else None
+    )
+    table = _cases(scores, groups, splits, key) if "judge" in scores and suppressed is None else []
+    probes = _probes(models, datasets, scores, options, adapter, meter) if suppressed is None else None
     report = {
         "schema": SCHEMA,
+        "tier": 2 if "retrained" in models else 1 if judges is not None else 0,
         "job": resolution.request.job,
         "request": resolution.request.id,
         "limits": resolution.request.limits_in_force,
@@ -140,32 +192,44 @@ def audit(
         "splits": {name: len(items) for name, items in splits.items()},
         "groups": {name: len(set(names)) for name, names in groups.items()},
         "scores": {
-            name: {
-                split: {**summary(rows, classes), "ci": bootstrap_mean(rows[main], groups[split])}
-                for split, rows in scores[name].items()
-            }
+            name: {split: _summary(rows, groups[split], main, classes) for split, rows in scores[name].items()}
             for name in (*REPORTED, "judge")
             if name in scores
         },
+        "references": 0 if judges is None else len(judges.networks),
         "floor": _floor(scores, main),
-        "agreement": _agreement(scores),
+        "agreement": _means(compared, "agreement"),
+        "js": _means(compared, "js"),
+        "js_band": _means(compared, "js_band"),
+        "tug_of_war": _tug_of_war(scores, main),
+        "equivalence": equivalent,
         "expected_unseen": target,
-        "completeness": completeness(
+        "completeness": None
+        if target is None
+        else completeness(
             scores["original"]["forget"][main].mean(), scores["unlearned"]["forget"][main].mean(), target
         ),
         "membership": membership,
-        "controls": controls,
+        "strongest_attack": strongest or None,
+        "controls": control,
+        "leaks": leaks,
+        "cases": table,
+        "subgroups": _subgroups(scores, splits["holdout"], groups["holdout"], subgroups, main),
         "suppression": suppression,
-        "relearn": suppression and suppression.pop("relearn", None),
+        "relearn": relearn,
+        "relearn_index": _relearn_index(relearn, scores, main),
+        "probes": probes,
+        "residual": profiles and {split: profile["means"] for split, profile in profiles.items()},
         "stop": phases.get("unlearn", {}).get("reports", {}).get("stop_at_reference"),
         "restoration": phases.get("restore", {}).get("reports", {}).get("stop_at_reference"),
         "drift": phases.get("unlearn", {}).get("drift"),
         "relabelling": phases.get("cache", {}).get("relabelling"),
-        "cost": cost_table(phases, spent),
+        "cost": cost_table(phases, {"seconds": time.perf_counter() - start, **meter.spent()}),
         "verdict": verdict,
         "reasons": reasons,
         "not_tested": [
-            *([] if suppressed is not None and classes else ["relearning curves and benign fine-tuning"]),
+            *([] if relearn else ["relearning curves and benign fine-tuning"]),
+            *([] if probes else ["rounding of the weights (bf16, int8, int4)"]),
             *NOT_TESTED,
         ],
         "environment": {
@@ -186,10 +250,170 @@ def audit(
             for name in ("original", "retrained", "unlearned")
             if name in models
         },
-        "cases": _example_cases(models, datasets, scores, device, show_forget, inferer),
+        "cases": _example_cases(models, judges, datasets, scores, device, show_forget, inferer),
         "classes": list(classes),
+        "residual": profiles,
+        "attacked": {name: attacked_scores(scores[name], scores.get("judge"), groups) for name in membership},
     }
     return report
+
+
+def audit_weights(
+    network: Callable[[], nn.Module],
+    weights: Mapping[str, str | Path | Mapping[str, Tensor]],
+    datalists: Mapping[str, Sequence[Item]],
+    transform: Callable[[Any], Any],
+    references: Sequence[str | Path | Mapping[str, Tensor]] = (),
+    request: DeletionRequest | None = None,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """:func:`audit` of a model that was unlearned by whatever means, from its weights and data lists.
+
+    Args:
+        network: makes the plain network.
+        weights: ``original`` and ``unlearned``, and where made ``retrained`` and ``retrained_other``: files or state
+            dicts.
+        datalists: items with ``image`` and ``label`` under ``forget``, ``retain`` and ``holdout``. Groups are closed
+            over ``patient_id``, ``group`` and ``lesion_id``.
+        transform: deterministic preprocessing that gives tensors ``image`` and ``label``.
+        references: weights that never saw forget set or holdout and taught nobody; none makes this tier 0.
+        request: job, id and limits; a deletion named "audit" by default.
+        device: where to compute.
+        options: further ones of :func:`audit`.
+
+    Returns:
+        The report, ready for :func:`write_report`.
+
+    Raises:
+        CheckpointError: when weights do not fit the network.
+        ValueError: when a list is missing, or one case lies in two of them.
+
+    Example:
+        >>> report = audit_weights(build, {"original": "o.pt", "unlearned": "u.pt"},
+        ...                        {"forget": forget, "retain": retain, "holdout": holdout}, transform,
+        ...                        references=["never_saw_them.pt"])  # doctest: +SKIP
+    """
+    if missing := [name for name in ("forget", "holdout") if not datalists.get(name)]:
+        raise ValueError(f"the audit needs a data list of {' and '.join(missing)} cases.")
+    named: dict[str, str] = {}
+    for split, items in datalists.items():
+        for item in items:
+            other = named.setdefault(item_id(item), split)
+            if other != split:
+                raise ValueError(f"{item_id(item)} stands under {other} and under {split}; a case has one side.")
+    items = [
+        {**item, "forget": split == "forget", "_holdout": split == "holdout"}
+        for split in ("forget", "retain", "holdout")
+        for item in datalists.get(split, ())
+    ]
+    for item, group in zip(items, groups_of(items)):
+        item["group"] = group
+    request = request or DeletionRequest({"ids": [item_id(item) for item in datalists["forget"]]}, id="audit")
+    sides = [[item for item in items if item["_holdout"] == unseen] for unseen in (False, True)]
+    resolution = Resolution(request, sides[0], sides[1], [], {})
+
+    def loaded(source: str | Path | Mapping[str, Tensor]) -> nn.Module:
+        built = network()
+        if isinstance(source, Mapping):
+            built.load_state_dict(dict(source), strict=True)
+        else:
+            load_weights(built, source)
+        return built.eval().requires_grad_(False).to(device)
+
+    models = {name: loaded(source) for name, source in weights.items()}
+    judges = References([loaded(source) for source in references]) if references else None
+    return audit(resolution, models, judges, transform, device=device, **options)
+
+
+class _Meter:
+    """Image passes of the audit; one that only goes forward counts a third of one that trains."""
+
+    def __init__(self, forward: float) -> None:
+        self.forward, self.passes = forward, 0.0
+
+    def count(self, cases: float, passes: float = 1.0) -> None:
+        """So many cases went forward so many times; a training step is three."""
+        self.passes += cases * passes
+
+    def spent(self) -> dict[str, float]:
+        return {"images": self.passes / 3, "flops": self.passes * self.forward}
+
+
+def _score_all(
+    models: Mapping[str, nn.Module],
+    judges: References | None,
+    datasets: Mapping[str, MemoryDataset],
+    splits: Mapping[str, Sequence[Item]],
+    options: Mapping[str, Any],
+    seed: int,
+    meter: _Meter,
+) -> Scores:
+    """Rows of every model on every split; ``judge`` holds those of the references."""
+    apart = {name: dataset for name, dataset in datasets.items() if not name.startswith("holdout_")}
+    passes = 2 if "label" in datasets["holdout"][0] and datasets["holdout"][0]["label"].ndim > 1 else 1
+    scores: Scores = {}
+    for name, network in models.items():
+        scores[name] = {}
+        for split, dataset in apart.items():
+            scores[name][split] = score_cases(
+                network, dataset, **options, desc=f"scoring {name}", detailed=split != "retain"
+            )
+            meter.count(len(dataset), passes if split != "retain" else 1)
+    if judges is not None:
+        scores["judge"] = judges.score(apart, seed, **options, desc="scoring references", detailed=True)
+        meter.count(sum(map(len, apart.values())) * len(judges.networks), passes)
+    for rows in scores.values():
+        for split in ("holdout_alike", "holdout_other"):
+            if split in datasets:
+                wanted = {item_id(item) for item in splits[split]}
+                rows[split] = rows_of(rows["holdout"], (item_id(item) in wanted for item in splits["holdout"]))
+    return scores
+
+
+def _summary(rows: Rows, groups: Sequence[str], main: str, classes: Sequence[str]) -> dict[str, Any]:
+    judged = ~np.isnan(rows[main])  # a reference may have seen some of the retained cases, or all
+    if not judged.any():
+        return {"n": 0}
+    kept = rows_of(rows, judged)
+    names = [name for name, own in zip(groups, judged) if own]
+    return {**summary(kept, classes), "ci": bootstrap_mean(kept[main], names)}
+
+
+def _compare(
+    models: Mapping[str, nn.Module],
+    datasets: Mapping[str, MemoryDataset],
+    splits: Mapping[str, Sequence[Item]],
+    options: Mapping[str, Any],
+    meter: _Meter,
+) -> dict[str, dict[str, Rows]]:
+    """split -> model -> how each case's output differs from the retrained model's; empty without one."""
+    chosen = {
+        name: models[name] for name in ("original", "unlearned", "retrained_other", "retrained") if name in models
+    }
+    if "retrained" not in chosen:
+        return {}
+    options = {name: value for name, value in options.items() if name != "metrics"}
+    found = {}
+    for split in ("forget", "holdout"):
+        found[split] = compare_cases(chosen, "retrained", datasets[split], **options)
+        meter.count(len(datasets[split]) * len(chosen))
+    for split in ("holdout_alike", "holdout_other"):
+        if split in datasets:
+            wanted = {item_id(item) for item in splits[split]}
+            inside = [item_id(item) in wanted for item in splits["holdout"]]
+            found[split] = {name: rows_of(rows, inside) for name, rows in found["holdout"].items()}
+    return found
+
+
+def _means(compared: Mapping[str, Mapping[str, Rows]], key: str) -> dict[str, dict[str, float]] | None:
+    """model -> split -> mean; None where it was not compared."""
+    found: dict[str, dict[str, float]] = {}
+    for split, rows in compared.items():
+        for name, row in rows.items():
+            if key in row:
+                found.setdefault(name, {})[split] = float(np.nanmean(row[key])) if len(row[key]) else math.nan
+    return found or None
 
 
 def _floor(scores: Scores, main: str) -> dict[str, float] | None:
@@ -200,16 +424,152 @@ def _floor(scores: Scores, main: str) -> dict[str, float] | None:
     return {split: abs(float(one[split][main].mean() - other[split][main].mean())) for split in one}
 
 
-def _agreement(scores: Scores) -> dict[str, dict[str, float]] | None:
-    """The share of cases of which a model says what the retrained one says, by model and split."""
-    if "retrained" not in scores or "predicted" not in scores["retrained"]["holdout"]:
+def _tug_of_war(scores: Scores, main: str) -> dict[str, float] | None:
+    if "retrained" not in scores or "retain" not in scores["retrained"]:
         return None
-    said = {split: rows["predicted"] for split, rows in scores["retrained"].items()}
+    names = [name for name in ("original", "unlearned", "retrained_other") if name in scores]
     return {
-        name: {split: float((rows["predicted"] == said[split]).mean()) for split, rows in scores[name].items()}
-        for name in ("original", "unlearned", "retrained_other")
-        if name in scores
+        name: tug_of_war([
+            float(scores[name][split][main].mean() - scores["retrained"][split][main].mean())
+            for split in ("forget", "retain", "holdout")
+        ])
+        for name in names
+    }  # fmt: skip
+
+
+def _leaks(scores: Scores, groups: Mapping[str, list[str]], seed: int) -> dict[str, Any] | None:
+    if "retain" not in scores["original"]:
+        return None
+    found: dict[str, Any] = {"two_versions": two_version_leak(scores["original"], scores["unlearned"], groups, seed)}
+    if "judge" in scores:
+        found["retained"] = {
+            name: retained_leak(scores[name], scores["judge"], groups, seed)
+            for name in ("original", "unlearned", "retrained")
+            if name in scores
+        }
+    return found
+
+
+def _cases(
+    scores: Scores, groups: Mapping[str, list[str]], splits: Mapping[str, Sequence[Item]], key: bytes | None
+) -> list[dict[str, Any]]:
+    """One row for each forgotten patient: scores, and its rank among the unseen patients before and after."""
+    main, score = main_score(scores["original"]["holdout"]), attacked_score(scores["original"]["holdout"])
+    out = scores["judge"]
+    names = sorted(set(groups["forget"]))
+    means = {name: group_means(rows["forget"][main], groups["forget"]) for name, rows in scores.items()}
+    calibrated = {
+        name: [group_means(scores[name][s][score] - out[s][score], groups[s]) for s in ("forget", "holdout")]
+        for name in ("original", "unlearned")
     }
+    rows = []
+    for place, name in enumerate(names):
+        ids = sorted(item_id(item) for item in splits["forget"] if str(item["group"]) == name)
+        ranks = {model: rank_test(float(sides[0][place]), sides[1]) for model, sides in calibrated.items()}
+        rows.append({
+            "cases": [pseudonym(key, one) for one in ids] if key else len(ids),
+            **{model: float(values[place]) for model, values in means.items()},
+            "p_up_original": ranks["original"]["p_up"],
+            "p_up": ranks["unlearned"]["p_up"],
+            "p_down": ranks["unlearned"]["p_down"],
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: (row["p_up"], str(row["cases"])))
+
+
+def _subgroups(
+    scores: Scores, items: Sequence[Item], groups: Sequence[str], columns: Sequence[str], main: str
+) -> list[dict[str, Any]]:
+    """The change on unseen cases, unlearned minus original, in each group of a column."""
+    change = scores["unlearned"]["holdout"][main] - scores["original"]["holdout"][main]
+    rows = []
+    for column in columns:
+        if not any(column in item for item in items):
+            raise ValueError(f"subgroups: the unseen cases have no column {column!r}.")
+        values = [str(item.get(column, "unknown")) for item in items]
+        for value in sorted(set(values)):
+            own = np.array([one == value for one in values])
+            names = [group for group, inside in zip(groups, own) if inside]
+            rows.append({"column": column, "value": value, "n": int(own.sum()), "change": float(change[own].mean()),
+                         "ci": bootstrap_mean(change[own], names)})  # fmt: skip
+    return rows
+
+
+def _relearn(
+    models: Mapping[str, nn.Module],
+    judges: References | None,
+    datasets: Mapping[str, MemoryDataset],
+    loss: Loss,
+    options: Mapping[str, Any],
+    seed: int,
+    meter: _Meter,
+) -> dict[str, Any]:
+    """Curves of the forget score by what a copy is trained on, of the unlearned model and of one that never saw it."""
+    compared = {"unlearned": models["unlearned"]}
+    if "retrained" in models:
+        compared["retrained"] = models["retrained"]
+    elif judges is not None:
+        compared["judge"] = judges.networks[0]
+    forget = datasets["forget"]
+    chosen = np.random.default_rng(seed).permutation(len(forget))[:MOST_RELEARNED]
+    scored = MemoryDataset([forget.data[index] for index in sorted(chosen)], forget.transform, forget.store)
+    taught = {"forget": forget, "benign": datasets.get("retain", forget), "unrelated": datasets["holdout"]}
+    batch = min(16, options["batch_size"])
+    found: dict[str, Any] = {}
+    for kind, dataset in taught.items():
+        for name, network in compared.items():
+            found.setdefault(kind, {})[name] = relearn_curve(
+                network, dataset, scored, loss, batch_size=batch, device=options["device"], inferer=options["inferer"],
+                seed=seed, desc=f"{kind}, {name}",
+            )  # fmt: skip
+            meter.count(3 * max(STEPS) * batch + len(STEPS) * len(scored))
+    return found
+
+
+def _relearn_index(relearn: Mapping[str, Any] | None, scores: Scores, main: str) -> dict[str, Any] | None:
+    """Steps until the forget set scores within .02 of the original's again."""
+    curves = (relearn or {}).get("forget", {})
+    other = curves.get("retrained", curves.get("judge"))
+    if not other:
+        return None
+    return anamnesis_index(curves["unlearned"], other, float(scores["original"]["forget"][main].mean()) - 0.02)
+
+
+def _probes(
+    models: Mapping[str, nn.Module],
+    datasets: Mapping[str, MemoryDataset],
+    scores: Scores,
+    options: Mapping[str, Any],
+    adapter: str | Path | None,
+    meter: _Meter,
+) -> dict[str, Any]:
+    """The unlearned model's scores after changes that train nothing."""
+    main = main_score(scores["original"]["holdout"])
+    plain_options = {name: value for name, value in options.items() if name != "metrics"}
+
+    def means(network: nn.Module, what: str) -> dict[str, float]:
+        found = {}
+        for split in ("forget", "holdout"):
+            rows = score_cases(network, datasets[split], **plain_options, desc=what)
+            meter.count(len(datasets[split]))
+            found[split] = float(rows[main].mean())
+        return found
+
+    unlearned, original = models["unlearned"], models["original"]
+    found: dict[str, Any] = {
+        "rounding": {one: means(rounded(unlearned, one), f"rounded to {one}") for one in PRECISIONS},
+        "original_statistics": None,
+        "adapter": None,
+    }
+    restored = with_statistics_of(unlearned, original)
+    if restored is not None:
+        found["original_statistics"] = means(restored, "with the original's statistics")
+    if adapter is not None and Path(adapter).is_dir():
+        remade = merge_lora(load_adapter(copy.deepcopy(original), adapter))
+        pairs = zip(remade.parameters(), unlearned.parameters())
+        found["adapter"] = {
+            "kept": True, "largest_difference": max(float((one.detach() - other).abs().max()) for one, other in pairs)
+        }  # fmt: skip
+    return found
 
 
 def _version(package: str) -> str:
@@ -234,119 +594,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value
-
-
-def _controls(
-    scores: Scores, membership: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[str]], seed: int
-) -> dict[str, Any]:
-    score = attacked_score(scores["unlearned"]["holdout"])
-    unseen = scores["unlearned"]["holdout"][score] - scores["judge"]["holdout"][score]
-    positive = dict(membership["original"]["calibrated"])
-    if positive["auc"] is None and len(groups["forget"]) > 0:  # one patient: the rank test stands in for the AUC
-        positive["rank_test"] = _one_patient(scores, "original", groups)
-        positive["ok"] = positive["rank_test"]["p_up"] <= 0.05
-    else:
-        positive["ok"] = bool(positive["ci"] and positive["ci"][0] > 0.5)
-    return {"positive": positive, "negative": negative_control(unseen, groups["holdout"], seed=seed)}
-
-
-def _one_patient(scores: Scores, model: str, groups: Mapping[str, list[str]]) -> dict[str, float]:
-    score = attacked_score(scores["judge"]["holdout"])
-    sides = [scores[model][split][score] - scores["judge"][split][score] for split in ("forget", "holdout")]
-    return rank_test(float(sides[0].mean()), group_means(sides[1], groups["holdout"]))
-
-
-def judge_verdict(
-    resolution: Resolution,
-    scores: Scores,
-    groups: Mapping[str, list[str]],
-    target: float,
-    membership: Mapping[str, Mapping[str, Any]],
-    controls: Mapping[str, Any],
-    seed: int = 0,
-) -> tuple[str, list[str]]:
-    """FAIL, INCONCLUSIVE or NOT REFUTED, with the reasons in plain words.
-
-    FAIL needs evidence: an interval that lies wholly beyond a limit of the request, on the forget score (too high and
-    too low alike), on the membership attack (in either direction) or on the utility. INCONCLUSIVE means that a control
-    did not behave or that there was nothing measurable to forget.
-    """
-    limits, failed, unclear = resolution.request.limits_in_force, [], []
-    u, o, j = scores["unlearned"], scores["original"], scores["judge"]
-    main = main_score(o["holdout"])
-    name = NAMES[main]
-    reference = scores.get("retrained", o)
-    against = "the retrained model" if "retrained" in scores else "the original"
-
-    loss = u["holdout"][main] - reference["holdout"][main]
-    high = bootstrap_mean(loss, groups["holdout"], level=0.9)[1]
-    if high < -limits["utility"]:
-        failed.append(f"unseen cases lost {-loss.mean():.3f} {name} against {against}, more than {limits['utility']}.")
-    if "retrained" in scores:
-        loss = u["retain"][main] - reference["retain"][main]
-        if bootstrap_mean(loss, groups["retain"], level=0.9)[1] < -limits["retain"]:
-            failed.append(
-                f"retained cases lost {-loss.mean():.3f} {name} against {against}, more than {limits['retain']}."
-            )
-
-    if resolution.request.job == "suppression":
-        unclear.append("suppression is judged for a class of a classification; this audit has no probe for the rest.")
-    else:
-        score, memorised = u["forget"][main].mean(), o["forget"][main].mean()
-        offset = o["holdout"][main] - j["holdout"][main]
-        low, high = _difference(
-            u["forget"][main] - j["forget"][main], groups["forget"], offset, groups["holdout"], seed
-        )
-        if low > limits["forget"]:
-            failed.append(
-                f"the forget set still scores {score:.3f} {name} where an unseen case would score {target:.3f}."
-            )
-        if high < -limits["forget"]:
-            failed.append(
-                f"the forget set scores {score:.3f} {name}, below the {target:.3f} of an unseen case: over-forgotten, "
-                "which marks the cases as clearly as remembering them."
-            )
-        row = membership["unlearned"]["calibrated"]
-        if row["auc"] is None:
-            test = _one_patient(scores, "unlearned", groups)
-            if test["p"] <= 0.05:
-                failed.append(f"the patient stands out among unseen patients (rank test p = {test['p']:.3f}).")
-        elif row["ci"][0] > 0.5 + limits["membership"] or row["ci"][1] < 0.5 - limits["membership"]:
-            failed.append(
-                f"an attack tells the forgotten from unseen patients: calibrated AUC {row['auc']:.3f} "
-                f"[{row['ci'][0]:.3f}, {row['ci'][1]:.3f}], direction {row['direction']}."
-            )
-        if abs(memorised - target) < 2 * limits["forget"]:
-            unclear.append(
-                f"the original scores {memorised:.3f} on the forget set and an unseen case would score {target:.3f}: "
-                "nothing measurable to forget."
-            )
-        if not controls["positive"]["ok"]:
-            unclear.append("the attack does not find the forget set in the original model, so it proves nothing here.")
-    if not controls["negative"]["ok"]:
-        unclear.append("the attack finds differences between unseen patients too, so it cannot be relied on here.")
-    if failed:
-        return "FAIL", failed + unclear
-    if unclear:
-        return "INCONCLUSIVE", unclear
-    return "NOT REFUTED", [
-        f"forget score {u['forget'][main].mean():.3f} against {target:.3f} expected of unseen cases; no test failed "
-        "and both controls behave. This is measured behaviour, no proof of erasure."
-    ]
-
-
-def _difference(
-    one: np.ndarray, one_groups: list[str], other: np.ndarray, other_groups: list[str], seed: int
-) -> tuple[float, float]:
-    """95 % interval of mean(one) − mean(other) from independent cluster bootstraps."""
-    rng, means = np.random.default_rng(seed), []
-    for values, names in ((one, one_groups), (other, other_groups)):
-        _, index = np.unique(names, return_inverse=True)
-        sums, counts = np.bincount(index, values), np.bincount(index).astype(float)
-        draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=10_000)
-        means.append((draws @ sums) / (draws @ counts))
-    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _sum(parts: Sequence[Mapping[str, Any] | None], units: Sequence[str]) -> dict[str, Any] | None:
@@ -396,6 +643,7 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
 @torch.no_grad()
 def _example_cases(
     networks: Mapping[str, nn.Module],
+    judges: References | None,
     datasets: Mapping[str, MemoryDataset],
     scores: Scores,
     device: str | torch.device,
@@ -407,7 +655,7 @@ def _example_cases(
     suppressed), and forget ones only when asked for."""
     cases = []
     shown_split = "retain" if "retain" in datasets else "holdout"
-    judged = next(iter(SIGNS[main_score(scores["unlearned"][shown_split])]))
+    judged = attacked_score(scores["unlearned"][shown_split])
     for split in (shown_split, *(["forget"] if show_forget else [])):
         order = np.argsort(scores["unlearned"][split][judged])
         picked = order[np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
@@ -419,11 +667,14 @@ def _example_cases(
                 logits = networks[name](image) if inferer is None else inferer(image, networks[name])
                 outputs[name] = probabilities(logits)[0].cpu().numpy()
             shown = {"image": sample["image"].cpu().numpy(), "label": sample["label"].cpu().numpy(), **outputs}
+            if split == "forget" and judges is not None and sample["label"].ndim > 1:
+                one = MemoryDataset([datasets[split].data[index]], datasets[split].transform, datasets[split].store)
+                shown["residual"] = next(residual_memory(networks["unlearned"], judges, one, device, inferer))[None]
             cases.append({
                 "split": split,
                 **(_flat(shown) if sample["label"].ndim > 1 else shown),
                 "scores": {
-                    name: {key: float(values[index]) for key, values in scores[name][split].items()}
+                    name: {key: float(values[index]) for key, values in scores[name][split].items() if values.ndim == 1}
                     for name in ("original", "unlearned")
                 },
             })  # fmt: skip
@@ -436,6 +687,8 @@ def _flat(shown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if flat["label"].ndim == 4:
         at = int(flat["label"].sum((0, 1, 2)).argmax())
         flat = {key: value[..., at] for key, value in flat.items()}
+    if "residual" in flat:
+        flat["residual"] = coloured(flat["residual"][0])
     return flat
 
 

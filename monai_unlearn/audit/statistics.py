@@ -29,9 +29,13 @@ def auc(members: ArrayLike, others: ArrayLike) -> float:
 
 
 def group_means(values: ArrayLike, groups: Sequence[Any]) -> np.ndarray:
-    """The mean of each group's values, in the order of the groups' names."""
+    """The mean of each group's defined values, in the order of the groups' names; NaN for a group without any."""
     _, index = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
-    return np.bincount(index, np.asarray(values, float)) / np.bincount(index)
+    numbers = np.asarray(values, float)
+    defined = ~np.isnan(numbers)
+    counts = np.bincount(index, defined)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(index, np.where(defined, numbers, 0.0)) / counts
 
 
 def bootstrap_mean(
@@ -71,6 +75,90 @@ def bootstrap_mean(
         z = bias + stats.norm.ppf(quantile)
         ends.append(float(np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z)))))
     return ends[0], ends[1]
+
+
+def bootstrap_difference(
+    one: ArrayLike,
+    one_groups: Sequence[Any],
+    other: ArrayLike,
+    other_groups: Sequence[Any],
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of mean(one) − mean(other) from independent cluster bootstraps of two sets of patients."""
+    rng, means = np.random.default_rng(seed), []
+    for values, names in ((one, one_groups), (other, other_groups)):
+        _, index = np.unique(np.asarray([str(name) for name in names]), return_inverse=True)
+        sums, counts = np.bincount(index, np.asarray(values, float)), np.bincount(index).astype(float)
+        draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+        means.append((draws @ sums) / (draws @ counts))
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def non_inferiority(change: ArrayLike, groups: Sequence[Any], margin: float) -> dict[str, Any]:
+    """Paired non-inferiority: the lower one-sided 95 % bound of the mean change lies above −``margin``.
+
+    Args:
+        change: of each case, new minus old.
+        groups: its patient.
+        margin: what may be lost, above 0.
+
+    Returns:
+        ``change``, its one-sided bounds ``low`` and ``high``, ``margin``, ``ok`` (shown to be not inferior) and
+        ``worse`` (shown to be inferior); neither holds where the data do not tell.
+    """
+    values = np.asarray(change, float)
+    low, high = bootstrap_mean(values, groups, level=0.9)
+    return {"change": float(values.mean()), "low": low, "high": high, "margin": margin, "ok": bool(low > -margin),
+            "worse": bool(high < -margin)}  # fmt: skip
+
+
+def equivalence(difference: float, ci90: tuple[float, float], margin: float) -> dict[str, Any]:
+    """Two one-sided tests at 5 % each (Schuirmann 1987): the 90 % interval lies inside ±``margin``."""
+    inside = -margin < ci90[0] and ci90[1] < margin
+    return {"difference": difference, "ci90": list(ci90), "margin": margin, "ok": bool(inside)}
+
+
+def seed_margin(one: ArrayLike, other: ArrayLike, groups: Sequence[Any], least: float, seed: int = 0) -> float:
+    """What two retrained models of different seeds may lie apart: max(least, 95th percentile of |mean difference|).
+
+    Args:
+        one: a score of each case under the one.
+        other: under the other.
+        groups: the patient of each case; whole patients are drawn.
+        least: the margin cannot fall below it.
+        seed: of the draws.
+    """
+    _, index = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
+    apart = np.bincount(index, np.asarray(one, float) - np.asarray(other, float))
+    counts = np.bincount(index).astype(float)
+    draws = np.random.default_rng(seed).multinomial(len(apart), np.full(len(apart), 1 / len(apart)), size=2_000)
+    return max(least, float(np.quantile(np.abs((draws @ apart) / (draws @ counts)), 0.95)))
+
+
+def epsilon(fpr: float, fnr: float, delta: float = 0.0) -> float:
+    """The differential-privacy ε that an attack's two errors rule out: max{ln((1−δ−FPR)/FNR), ln((1−δ−FNR)/FPR)}.
+
+    Kairouz et al. 2015, as used to score unlearning; for a bound on a measured model give upper Clopper–Pearson ends.
+
+    Returns:
+        At least 0; infinite where an error is 0.
+
+    Example:
+        >>> round(epsilon(0.1, 0.1), 4)  # ln 9
+        2.1972
+    """
+    if 1 - delta <= max(fpr, fnr):
+        return 0.0
+    ratios = [(1 - delta - one) / other if other > 0 else np.inf for one, other in ((fpr, fnr), (fnr, fpr))]
+    return max(0.0, float(np.log(max(ratios))))
+
+
+def auc_resolution(number: int, other: int) -> float:
+    """How far from .5 an AUC of so few patients has to lie to count at 5 %: 1.96 · √((n + m + 1) / (12 n m))."""
+    return 1.96 * float(np.sqrt((number + other + 1) / (12 * number * other)))
 
 
 def bootstrap_auc(

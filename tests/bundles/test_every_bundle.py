@@ -216,7 +216,7 @@ def test_a_class_is_suppressed_and_judged_on_its_unseen_members(quick, tmp_path)
     report = report_of(folder)
     assert report["job"] == "suppression" and report["suppression"]["class"] == "vascular lesion"
     assert report["cost"]["reference_seconds"] == 0 and report["membership"] == {}
-    assert [row["steps"] for row in report["relearn"]["unlearned"]] == [0, 1, 2, 5, 10, 20, 40]
+    assert [row["steps"] for row in report["relearn"]["few_shot"]["unlearned"]] == [0, 1, 2, 5, 10, 20, 40]
     assert report["verdict"] in ("FAIL", "INCONCLUSIVE")
 
 

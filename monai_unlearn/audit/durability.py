@@ -1,0 +1,148 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Does it stay forgotten: after a little training, after rounding, with the original's statistics, without adapters."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import MemoryDataset
+from ..lora import freeze_norm
+from .scores import Inferer, main_score, score_cases
+
+STEPS = (0, 5, 10, 20, 40)
+PRECISIONS = ("bf16", "int8", "int4")
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def relearn_curve(
+    network: nn.Module,
+    taught: MemoryDataset,
+    scored: MemoryDataset,
+    loss: Loss,
+    steps: Sequence[int] = STEPS,
+    learning_rate: float = 3e-4,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+    inferer: Inferer | None = None,
+    seed: int = 0,
+    desc: str = "relearning",
+) -> list[dict[str, float]]:
+    """How the score on some cases moves while a copy of the network is trained on these or on others.
+
+    AdamW on all weights at a constant rate, random batches drawn by ``seed``; normalisation keeps its statistics.
+
+    Args:
+        network: plain; left as it is.
+        taught: what the copy is trained on: the forget set (relearning), retained cases (benign fine-tuning) or unseen
+            ones (relearning from unrelated data).
+        scored: the forget set.
+        loss: of logits and labels.
+        steps: after how many steps to score.
+        learning_rate: of AdamW.
+        batch_size: samples of a step.
+        device: where to compute.
+        inferer: see :func:`monai_unlearn.audit.score_cases`.
+        seed: of the batches.
+        desc: name on the progress bar.
+
+    Returns:
+        For each number of steps ``steps`` and ``score``, the mean IoU or accuracy.
+    """
+    student = freeze_norm(copy.deepcopy(network)).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(student.parameters(), learning_rate)
+    generator, curve = torch.Generator().manual_seed(seed), []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for step in tqdm(range(max(steps) + 1), desc, leave=False):
+            if step in steps:
+                rows = score_cases(student, scored, device, inferer=inferer, batch_size=batch_size)
+                curve.append({"steps": step, "score": float(rows[main_score(rows)].mean())})
+            if step == max(steps):
+                break
+            drawn = torch.randint(len(taught), (min(batch_size, len(taught)),), generator=generator).tolist()
+            samples = [taught[index] for index in drawn]
+            image, label = (torch.stack([sample[key] for sample in samples]).to(device) for key in ("image", "label"))
+            optimizer.zero_grad()
+            logits = student(image) if inferer is None else inferer(image, student)
+            loss(logits, label).backward()
+            optimizer.step()
+    return curve
+
+
+def anamnesis_index(unlearned: Sequence[Mapping[str, float]], retrained: Sequence[Mapping[str, float]], level: float
+                    ) -> dict[str, float | None]:  # fmt: skip
+    """AIN (Chundawat et al., arXiv 2201.05629): steps to ``level`` of the unlearned over those of the retrained model.
+
+    Steps between two scored points are interpolated; a curve that does not reach the level has None steps, and the
+    index is None then.
+    """
+    steps = {name: _steps_to(curve, level) for name, curve in (("unlearned", unlearned), ("retrained", retrained))}
+    one, other = steps["unlearned"], steps["retrained"]
+    return {**steps, "level": level, "ain": one / other if one is not None and other else None}
+
+
+def _steps_to(curve: Sequence[Mapping[str, float]], level: float) -> float | None:
+    if curve[0]["score"] >= level:
+        return 0.0
+    for before, after in itertools.pairwise(curve):
+        if after["score"] >= level:
+            share = (level - before["score"]) / (after["score"] - before["score"])
+            return before["steps"] + share * (after["steps"] - before["steps"])
+    return None
+
+
+@torch.no_grad()
+def rounded(network: nn.Module, precision: str) -> nn.Module:
+    """A copy whose convolutions and linear layers have rounded weights, as a deployment would round them.
+
+    Args:
+        network: left as it is.
+        precision: ``bf16``; or ``int8`` and ``int4``, symmetric with one scale for each output channel.
+
+    Raises:
+        ValueError: on another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}.")
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
+            continue
+        if precision == "bf16":
+            weight.copy_(weight.bfloat16())
+            continue
+        largest = 2 ** (int(precision[3:]) - 1) - 1
+        axis = 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
+        others = [dim for dim in range(weight.ndim) if dim != axis]
+        scale = (weight.abs().amax(others, keepdim=True) / largest).clamp_min(torch.finfo(weight.dtype).tiny)
+        weight.copy_((weight / scale).round().clamp(-largest, largest) * scale)
+    return copied
+
+
+@torch.no_grad()
+def with_statistics_of(network: nn.Module, original: nn.Module) -> nn.Module | None:
+    """A copy with the original's buffers, such as running statistics; None where they are the same.
+
+    When the forget score jumps back with them, the weights had forgotten nothing.
+    """
+    theirs = dict(original.named_buffers())
+    if all(torch.equal(value, theirs[name]) for name, value in network.named_buffers()):
+        return None
+    copied = copy.deepcopy(network)
+    for name, value in copied.named_buffers():
+        value.copy_(theirs[name])
+    return copied
+
+
+def removable(state_dict: Mapping[str, Any]) -> list[str]:
+    """Keys of adapters that can be taken off again; a model with any is suppressed and not unlearned."""
+    return sorted(key for key in state_dict if "lora_" in key or "adapter" in key or key.startswith("base_model."))
