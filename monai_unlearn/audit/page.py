@@ -34,7 +34,7 @@ h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 .verdict b{font-size:1.25rem}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e2e8f0}
 th:first-child,td:first-child{text-align:left}
-th{font-weight:600;background:#f7fafc}.ci{color:#718096;font-size:.85em}img{max-width:100%}
+th{font-weight:600;background:#f7fafc}.ci{color:#718096;font-size:.85em;white-space:nowrap}img{max-width:100%}
 p.note,li{color:#4a5568}.target{color:#718096;font-weight:400;font-size:.85em;display:block}
 details{margin:.5rem 0}summary{cursor:pointer}.scroll{max-height:24rem;overflow:auto}
 code{font-size:.85em}

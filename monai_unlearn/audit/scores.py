@@ -35,7 +35,7 @@ TOLERANCE = 2.0  # voxels that the normalised surface Dice forgives
 CLIP = 1e-6  # probabilities are clipped to [CLIP, 1 - CLIP] before their logit is taken
 CALIBRATION = ("calibration", "calibration_band")
 NOT_SUMMARISED = (*CALIBRATION, "area", "entropy", "loss", "confidence", "band_loss", "band_logit", "top_loss", "brier",
-                  "flip", "hd95")  # fmt: skip
+                  "flip", "hd95", "likelihood")  # fmt: skip
 
 
 def main_score(rows: Mapping[str, Any]) -> str:
