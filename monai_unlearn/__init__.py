@@ -13,6 +13,7 @@ from .boundary import (
     PerturbedSignGradient,
 )
 from .bundle import (
+    audited,
     bundle_root,
     composed,
     content,
@@ -136,6 +137,7 @@ __all__ = [
     "as_mask",
     "as_rgb",
     "audit",
+    "audited",
     "bundle_root",
     "cache_outputs",
     "chase_datalist",

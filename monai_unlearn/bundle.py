@@ -26,6 +26,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import Tensor, nn
 
+from .audit import audit
 from .audit.reference import References, regression_reference
 from .audit.scores import Inferer, main_score, score_cases
 from .boundary import content_id
@@ -228,6 +229,9 @@ def given_reference(reference_models: Any, place: int) -> str | None:
     return None if not reference_models or isinstance(reference_models, Mapping) else str(reference_models[place])
 
 
+audited = plain_errors(audit)
+
+
 @plain_errors
 def judges(
     factory: Callable[[], nn.Module],
@@ -252,10 +256,7 @@ def judges(
     if isinstance(reference_models, Mapping):
         networks = {fold: frozen(factory(), {"path": path, "given": True}).to(device)
                     for fold, path in reference_models.items()}  # fmt: skip
-        try:
-            return References.of_folds(networks, [*resolution.training, *resolution.holdout])
-        except ValueError as error:
-            raise RequestError(str(error)) from error
+        return References.of_folds(networks, resolution.training, resolution.holdout)
     if reference_models:  # what of the retained cases they saw is not known
         retained = {item_id(item) for item in resolution.splits["retain"]}
         given = [frozen(factory(), {"path": path, "given": True}).to(device) for path in reference_models[1:]]

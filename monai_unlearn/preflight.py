@@ -201,6 +201,7 @@ def prepare(
     seed: int = 0,
     original_model: str | Path | None = None,
     reference_models: Any = None,
+    subgroups: Sequence[str] = (),
     output_dir: str | Path = "output",
     quick: bool = False,
     default_fold: int = 4,
@@ -229,6 +230,7 @@ def prepare(
         original_model: weights given by the user; the split must be stated then.
         reference_models: files of weights that saw neither forget set nor holdout: the teacher, then the judges; or
             cross-validation models by the fold that each was not trained on, which judge.
+        subgroups: metadata columns that the audit looks at group by group.
         output_dir: of the run; the phantom lies in it.
         quick: draw the small phantom.
         default_fold: see ``holdout_fold``.
@@ -246,7 +248,7 @@ def prepare(
             code 2 or 3.
     """
     if reference_models:
-        check_references(reference_models)
+        check_references(reference_models, original_model)
     no_data = not dataset_dir and not datalist
     if no_data:
         name = "phantom_quick" if quick else "phantom"
@@ -261,6 +263,13 @@ def prepare(
     training, holdout = load_splits(dataset_dir, datalist, holdout_fold, fold, folder_datalist)
     if duplicates is not None:
         training, holdout = settle_duplicates(training, holdout, duplicates)
+    for column in subgroups:
+        if not any(column in item for item in holdout):
+            near = get_close_matches(column, sorted(set().union(*holdout)), n=1)
+            raise RequestError(
+                f"--subgroups: the unseen cases have no column {column!r}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
     request = make_request(forget_request, forget_ids, forget_fraction, job, seed, 0.15 if is_drawn else None)
     known = known_pairs(dataset_dir)
     resolve(request, training, holdout, class_key, structures=structures)  # refuses what needs no file to be read
@@ -282,11 +291,11 @@ def prepare(
     return Prepared(resolution, "phantom" if is_drawn else source.stem if datalist else source.name, is_drawn)
 
 
-def check_references(paths: Any) -> None:
+def check_references(paths: Any, original: str | Path | None = None) -> None:
     """Refuse references given by the user that could not do their two jobs.
 
     Raises:
-        RequestError: when there are not two of them, or two hold the same weights.
+        RequestError: when there are not two of them, two hold the same weights, or one those of the original.
         CheckpointError: when one cannot be read.
     """
     by_fold = isinstance(paths, Mapping)
@@ -296,8 +305,11 @@ def check_references(paths: Any) -> None:
             "judge; or cross-validation models by the fold that each was not trained on, \"{0: 'fold0.pt', ...}\"."
         )
     files = list(paths.values()) if by_fold else list(paths)
-    if len({weights_digest(read_weights(path)) for path in files}) < len(files):
+    digests = [weights_digest(read_weights(path)) for path in files]
+    if len(set(digests)) < len(files):
         raise RequestError("reference_models hold the same weights twice; the same model cannot teach and judge.")
+    if original is not None and weights_digest(read_weights(original)) in digests:
+        raise RequestError("reference_models hold the original; a reference has never seen the forget set.")
 
 
 def _plan_only() -> bool:

@@ -53,6 +53,7 @@ from monai_unlearn.audit import (
     with_statistics_of,
     write_report,
 )
+from monai_unlearn.audit.durability import durability_warnings
 from monai_unlearn.audit.membership import attacked_scores
 from monai_unlearn.audit.residual import coloured
 from monai_unlearn.audit.scores import BINS, detailed_scores, rows_of, summary
@@ -326,6 +327,11 @@ def test_each_case_is_judged_only_by_models_that_never_saw_it():
         assert rows["likelihood"][index] == pytest.approx(math.exp(-alone["loss"][0]))
     with pytest.raises(ValueError, match="no reference model for fold 2"):
         References.of_folds({0: networks[0], 1: networks[1]}, items)
+    with pytest.raises(ValueError, match="no reference model for fold unknown"):
+        References.of_folds(networks, [{"image": "a"}])
+    unseen = [{"image": "a", "fold": "1"}, {"image": "b", "fold": 7}, {"image": "c"}]
+    everyone = References.of_folds(networks, items, unseen)
+    assert [len(everyone.never_saw(item)) for item in (items[0], *unseen)] == [1, 1, 3, 3]
 
 
 def test_every_case_has_equally_many_references_and_none_is_an_error():
@@ -351,6 +357,8 @@ def test_retained_cases_that_a_reference_saw_stay_undefined():
     sets = {name: MemoryDataset(part, draw) for name, part in parts.items()}
     rows = References([small_unet()], [{items[8]["image"], items[9]["image"]}]).score(sets, detailed=True)
     assert np.isnan(rows["retain"]["iou"]).tolist() == [True, True, False, False]
+    everything = References([small_unet()], [{item["image"] for item in items[8:]}]).score(sets)
+    assert set(everything) == {"forget", "holdout"}
     assert not np.isnan(rows["forget"]["iou"]).any() and rows["retain"]["calibration"].shape == (4, 3, BINS)
 
 
@@ -387,6 +395,17 @@ def test_the_relearning_index_interpolates_and_says_when_a_curve_never_gets_ther
         "level": 0.8,
         "ain": None,
     }
+
+
+def test_a_set_that_comes_back_by_itself_is_told():
+    def curves(*ends):
+        return {name: [{"steps": 0, "score": 0.7}, {"steps": 40, "score": end}]
+                for name, end in zip(("unlearned", "retrained"), ends)}  # fmt: skip
+
+    assert durability_warnings({"benign": curves(0.72, 0.70), "forget": curves(0.95, 0.7)}) == []
+    (warning,) = durability_warnings({"benign": curves(0.80, 0.71), "unrelated": curves(0.7, 0.7)})
+    assert "40 steps of training on retained cases" in warning and "0.100 (the retrained model: 0.010)" in warning
+    assert durability_warnings({}) == []
 
 
 def test_rounding_keeps_every_weight_within_half_a_step():

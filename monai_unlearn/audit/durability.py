@@ -89,6 +89,29 @@ def anamnesis_index(unlearned: Sequence[Mapping[str, float]], retrained: Sequenc
     return {**steps, "level": level, "ain": one / other if one is not None and other else None}
 
 
+def durability_warnings(relearn: Mapping[str, Any], rise: float = 0.04) -> list[str]:
+    """What the curves say that the verdict does not: training on other data brings the forget set back.
+
+    Args:
+        relearn: kind -> model -> curve, of :func:`relearn_curve`.
+        rise: of the forget score, beyond that of the model compared with.
+    """
+    found = []
+    for kind, what in (("benign", "retained"), ("unrelated", "unseen")):
+        curves = dict(relearn.get(kind, {}))
+        unlearned, other = curves.pop("unlearned", None), next(iter(curves.items()), None)
+        if unlearned is None or other is None:
+            continue
+        risen = [max(at["score"] for at in curve) - curve[0]["score"] for curve in (unlearned, other[1])]
+        if risen[0] > risen[1] + rise:
+            name = "the retrained model" if other[0] == "retrained" else "a reference"
+            found.append(
+                f"not judged: {unlearned[-1]['steps']} steps of training on {what} cases bring the forget set up by "
+                f"{risen[0]:.3f} ({name}: {risen[1]:.3f}). What was forgotten may come back when training goes on."
+            )
+    return found
+
+
 def _steps_to(curve: Sequence[Mapping[str, float]], level: float) -> float | None:
     if curve[0]["score"] >= level:
         return 0.0

@@ -13,7 +13,7 @@ from . import figures
 VERDICTS = {"RETRAIN-EQUIVALENT": "#276749", "NOT REFUTED": "#2f855a", "INCONCLUSIVE": "#b7791f", "FAIL": "#c53030"}
 SENTENCES = {
     "RETRAIN-EQUIVALENT": "Within the stated margins the model behaves like one that was retrained without the cases.",
-    "NOT REFUTED": "No test found a trace of the forgotten cases beyond what a model that never saw them would show.",
+    "NOT REFUTED": "No judged test found a trace of the forgotten cases beyond that of a model that never saw them.",
     "INCONCLUSIVE": "The tests could not decide; the reasons stand below.",
     "FAIL": "The model does not pass; the reasons stand below.",
 }
@@ -317,7 +317,7 @@ def _asked(report: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
         f"{html.escape(report['data'])}: {numbers}. Limits fixed beforehand: {limits}.</p>",
         f"<p class=note><b>Done.</b> {done}</p>",
         f"<p class=note><b>Measured.</b> {TIERS[report['tier']].capitalize()}"
-        + (f" ({report['references']})" if report["references"] else "")
+        + (f"; {report['references']} of them" if report["references"] > 1 else "")
         + ". Intervals of 95 % draw patients anew and hold for this one model; they do not speak of another seed.</p>",
         "<p class=note><b>Not tested.</b> " + html.escape("; ".join(report["not_tested"])) + ".</p>",
     ]

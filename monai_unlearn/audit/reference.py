@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint import weights_digest
 from ..data import MemoryDataset
-from ..request import Item, item_id
+from ..request import Item, RequestError, item_id
 from .scores import Rows, main_score, score_cases
 
 COVARIATES = {"iou": ("iou", "entropy", "area"), "accuracy": ("accuracy", "margin", "entropy")}
@@ -34,26 +34,36 @@ class References:
     saw: Sequence[Collection[str]] = field(default_factory=list)
 
     @classmethod
-    def of_folds(cls, networks: Mapping[Any, nn.Module], items: Sequence[Item]) -> References:
-        """Cross-validation models by the fold that each did not see; an item without a ``fold`` was seen by none.
+    def of_folds(
+        cls, networks: Mapping[Any, nn.Module], training: Sequence[Item], holdout: Sequence[Item] = ()
+    ) -> References:
+        """Cross-validation models by the fold that each was not trained on.
+
+        An unseen item in a fold without a model lay outside of the cross-validation: no model saw it.
+
+        Args:
+            networks: by fold.
+            training: items with their ``fold``.
+            holdout: the unseen items.
 
         Raises:
-            ValueError: when an item lies in a fold that no model belongs to.
+            RequestError: when a training item has no fold, or one that no model belongs to.
         """
-        folds = {str(item["fold"]) for item in items if "fold" in item}
-        missing = sorted(folds - {str(fold) for fold in networks})
+        names = {str(fold) for fold in networks}
+        missing = sorted({str(item.get("fold", "unknown")) for item in training} - names)
         if missing:
-            raise ValueError(f"no reference model for fold {', '.join(missing)} of the data list.")
-        saw = [{item_id(item) for item in items if str(item.get("fold", fold)) != str(fold)} for fold in networks]
+            raise RequestError(f"no reference model for fold {', '.join(missing)} of the data list.")
+        folded = [*training, *(item for item in holdout if str(item.get("fold")) in names)]
+        saw = [{item_id(item) for item in folded if str(item["fold"]) != str(fold)} for fold in networks]
         return cls(list(networks.values()), saw)
 
     def refuse(self, teachers: Mapping[str, nn.Module]) -> None:
-        """Raise ValueError where one of the networks holds the weights of a model that taught, or is judged."""
+        """Raise RequestError where one of the networks holds the weights of a model that taught, or is judged."""
         taught = {weights_digest(network.state_dict()): name for name, network in teachers.items()}
         for network in self.networks:
             name = taught.get(weights_digest(network.state_dict()))
             if name is not None:
-                raise ValueError(f"a judge must not be the {name} model; give two different models.")
+                raise RequestError(f"a judge must not be the {name} model; give two different models.")
 
     def never_saw(self, item: Item) -> list[nn.Module]:
         """The networks that were not trained on an item."""
@@ -73,10 +83,11 @@ class References:
 
         Returns:
             split -> rows, the means over a case's networks; ``likelihood`` is the mean of exp(−loss). NaN where too few
-            of them never saw a case; ``true`` and ``predicted`` are the first one's.
+            of them never saw a case; ``true`` and ``predicted`` are the first one's. A retain set that they all saw is
+            left out.
 
         Raises:
-            ValueError: when a forget or unseen case was seen by every reference.
+            RequestError: when a forget or unseen case was seen by every reference.
         """
         saw = [set(ids) for ids in self.saw] or [set() for _ in self.networks]
         may = {
@@ -87,7 +98,7 @@ class References:
         number = min(int(count.min()) for count in counted.values())
         if number == 0:
             seen = sum(int((count == 0).sum()) for count in counted.values())
-            raise ValueError(
+            raise RequestError(
                 f"{seen} forget or unseen cases were seen by every reference; a case is judged only by models that "
                 "never saw it. Give references that were trained without them."
             )
@@ -97,6 +108,8 @@ class References:
             chosen = np.zeros_like(may[split])
             np.put_along_axis(chosen, priority[:number], True, 0)
             chosen &= may[split] & (may[split].sum(0) >= number)
+            if not chosen.any():
+                continue
             found[split] = self._mean(chosen, dataset, options)
         return found
 

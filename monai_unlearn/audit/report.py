@@ -22,13 +22,14 @@ from ..data import MemoryDataset
 from ..engines import forward_flops
 from ..lora import load_adapter, merge_lora
 from ..relabel import probabilities
-from ..request import DeletionRequest, Item, Resolution, groups_of, item_id, pseudonym
+from ..request import DeletionRequest, Item, RequestError, Resolution, groups_of, item_id, pseudonym
 from .distance import compare_cases, tug_of_war
 from .durability import (
     PRECISIONS,
     STEPS,
     Loss,
     anamnesis_index,
+    durability_warnings,
     relearn_curve,
     removable,
     rounded,
@@ -119,7 +120,8 @@ def audit(
         The report; ``_figures`` holds what the page draws and is left out of the JSON.
 
     Raises:
-        ValueError: when a judge holds the weights of the teacher or of an audited model, or a model is missing.
+        ValueError: when a model is missing; RequestError when a judge holds the weights of the teacher or of an audited
+            model, saw every case it should judge, or there are no unseen cases or no such subgroups.
     """
     models = {name: network for name, network in networks.items() if network is not None}
     for name in ("original", "unlearned"):
@@ -132,7 +134,7 @@ def audit(
     splits = resolution.splits
     datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items() if items}
     if "holdout" not in datasets:
-        raise ValueError("the audit needs cases that no model was trained on; the holdout is empty.")
+        raise RequestError("the audit needs cases that no model was trained on; the holdout is empty.")
     suppressed = suppressed_class(resolution, classes) if classes else suppressed_structure(resolution, structures)
     groups = {name: [str(item["group"]) for item in items] for name, items in splits.items()}
     options: dict[str, Any] = {
@@ -174,6 +176,7 @@ def audit(
         relearn = {"few_shot": relearn}
     elif loss is not None and suppressed is None:
         relearn = _relearn(models, judges, datasets, loss, options, seed, meter)
+    reasons = [*reasons, *durability_warnings(relearn or {})]
     has_maps = main == "iou" and judges is not None and suppressed is None
     profiles = (
         residual_profiles(models["unlearned"], judges, datasets, device, inferer, private, key)
@@ -441,7 +444,7 @@ def _leaks(scores: Scores, groups: Mapping[str, list[str]], seed: int) -> dict[s
     if "retain" not in scores["original"]:
         return None
     found: dict[str, Any] = {"two_versions": two_version_leak(scores["original"], scores["unlearned"], groups, seed)}
-    if "judge" in scores:
+    if "retain" in scores.get("judge", {}):
         found["retained"] = {
             name: retained_leak(scores[name], scores["judge"], groups, seed)
             for name in ("original", "unlearned", "retrained")
@@ -484,7 +487,7 @@ def _subgroups(
     rows = []
     for column in columns:
         if not any(column in item for item in items):
-            raise ValueError(f"subgroups: the unseen cases have no column {column!r}.")
+            raise RequestError(f"subgroups: the unseen cases have no column {column!r}.")
         values = [str(item.get(column, "unknown")) for item in items]
         for value in sorted(set(values)):
             own = np.array([one == value for one in values])

@@ -110,6 +110,18 @@ def test_every_method_runs(bundle, name, quick, tmp_path):
             assert json.loads((folder / "models" / f"{phase}.json").read_text())["images"] > 0
 
 
+@pytest.mark.parametrize("bundle", NAMES)
+def test_nothing_that_chooses_the_unlearned_model_sees_the_holdout(bundle):
+    for file in sorted((BUNDLES / bundle / "configs").glob("**/*.json")):
+        config = json.loads(file.read_text())
+        chosen = {
+            key: value for key, value in config.items() if key.split("#")[0] in ("unlearn_phase", "restore_phase")
+        }
+        assert "holdout" not in json.dumps(chosen) and "validate#" not in json.dumps(chosen).replace(
+            "@validate#inferer", ""
+        )
+
+
 @pytest.mark.parametrize("given", ["false", "0", 0])
 def test_no_retrained_model_is_made_where_none_is_wanted(given, tmp_path):
     configs = BUNDLES / "isic_classification_unlearn" / "configs"

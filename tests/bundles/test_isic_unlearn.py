@@ -72,9 +72,41 @@ def test_the_run_leaves_the_files_that_others_build_on(quick):
     wanted = {"report.json", "report.html", "manifest.json", "private/key", "private/ids.json",
               "models/adapter/adapter_config.json", "models/adapter/adapter_model.safetensors", *models}  # fmt: skip
     assert wanted <= files
-    assert all(name.startswith("tensorboard/") for name in files - wanted)
+    assert all(name.startswith(("tensorboard/", "private/residual_memory/")) for name in files - wanted)
     jsonschema.validate(report_of(quick), json.loads((HERE / "report_schema.json").read_text()))
     assert report_of(quick)["data"] == "phantom"
+
+
+def test_fold_models_judge_each_case_that_they_never_saw(quick, tmp_path):
+    models = quick / "models"
+    names = ("reference", "judge", "retrained", "unlearned")  # any four will do here
+    files = {fold: str(models / f"{name}.pt") for fold, name in enumerate(names)}
+    weights = read_weights(models / "unlearned.pt")
+    torch.save({key: 1.01 * value if value.is_floating_point() else value for key, value in weights.items()},
+               tmp_path / "nearly.pt")  # fmt: skip
+    start(
+        tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, durability="false",
+        original_model=str(models / "original.pt"), unlearned_model=str(tmp_path / "nearly.pt"), reference_models=files,
+        forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027", with_retrained=0,
+    )  # fmt: skip
+    report = report_of(tmp_path)
+    assert report["tier"] == 1 and report["references"] == 4 and report["relearn"] is None
+    assert report["scores"]["judge"]["retain"]["n"] == report["splits"]["retain"]
+    assert "reference" not in report["scores"] and report["cost"]["unlearn_seconds"] is None
+    jsonschema.validate(report, json.loads((HERE / "report_schema.json").read_text()))
+
+
+def test_without_references_the_audit_is_a_screen(quick, tmp_path):
+    models = quick / "models"
+    start(
+        tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, tier=0,
+        original_model=str(models / "original.pt"), unlearned_model=str(models / "unlearned.pt"),
+        forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027", with_retrained=0,
+    )  # fmt: skip
+    report = report_of(tmp_path)
+    assert report["tier"] == 0 and report["verdict"] in ("FAIL", "INCONCLUSIVE") and report["expected_unseen"] is None
+    assert not list(tmp_path.glob("models/*.pt"))
+    jsonschema.validate(report, json.loads((HERE / "report_schema.json").read_text()))
 
 
 def test_no_name_of_a_patient_or_file_is_in_what_is_written(quick):
