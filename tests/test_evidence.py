@@ -380,6 +380,9 @@ def test_relearning_trains_a_copy_and_repeats():
     assert len({at["score"] for at in still}) == 1
     whole = relearn_curve(network, dataset(), dataset(), **options, inferer=SlidingWindowInferer(16, overlap=0.0))
     assert whole[-1]["score"] == pytest.approx(curves[0][-1]["score"], abs=1e-4)
+    all_of_it = relearn_curve(network, dataset(), dataset(), **options, patch_size=(16, 16))
+    patches = relearn_curve(network, dataset(), dataset(), **options, patch_size=(8, 8))
+    assert len(all_of_it) == 3 and patches[0] == curves[0][0] and patches[-1] != curves[0][-1]
 
 
 def test_the_relearning_index_interpolates_and_says_when_a_curve_never_gets_there():

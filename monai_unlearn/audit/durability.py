@@ -30,6 +30,7 @@ def relearn_curve(
     steps: Sequence[int] = STEPS,
     learning_rate: float = 3e-4,
     batch_size: int = 16,
+    patch_size: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     inferer: Inferer | None = None,
     seed: int = 0,
@@ -48,8 +49,9 @@ def relearn_curve(
         steps: after how many steps to score.
         learning_rate: of AdamW.
         batch_size: samples of a step.
+        patch_size: a random patch of each sample is trained on; None trains on the whole.
         device: where to compute.
-        inferer: see :func:`monai_unlearn.audit.score_cases`.
+        inferer: of the scoring, see :func:`monai_unlearn.audit.score_cases`.
         seed: of the batches.
         desc: name on the progress bar.
 
@@ -67,14 +69,28 @@ def relearn_curve(
                 curve.append({"steps": step, "score": float(rows[main_score(rows)].mean())})
             if step == max(steps):
                 break
-            drawn = torch.randint(len(taught), (min(batch_size, len(taught)),), generator=generator).tolist()
+            number = batch_size if patch_size is not None else min(batch_size, len(taught))
+            drawn = torch.randint(len(taught), (number,), generator=generator).tolist()
             samples = [taught[index] for index in drawn]
             image, label = (torch.stack([sample[key] for sample in samples]).to(device) for key in ("image", "label"))
             optimizer.zero_grad()
-            logits = student(image) if inferer is None else inferer(image, student)
-            loss(logits, label).backward()
+            if patch_size is not None:
+                image, label = _patches(image, label, patch_size, generator)
+            loss(student(image), label).backward()
             optimizer.step()
     return curve
+
+
+def _patches(image: Tensor, label: Tensor, size: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One random patch of each row, at the same place in image and label."""
+    rows = []
+    for one, truth in zip(image, label):
+        sides = [min(wanted, there) for wanted, there in zip(size, one.shape[1:])]
+        corner = [int(torch.randint(there - side + 1, (), generator=generator))
+                  for side, there in zip(sides, one.shape[1:])]  # fmt: skip
+        where = (slice(None), *(slice(at, at + side) for at, side in zip(corner, sides)))
+        rows.append((one[where], truth[where]))
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
 
 def anamnesis_index(unlearned: Sequence[Mapping[str, float]], retrained: Sequence[Mapping[str, float]], level: float

@@ -26,7 +26,6 @@ from ..request import DeletionRequest, Item, RequestError, Resolution, groups_of
 from .distance import compare_cases, tug_of_war
 from .durability import (
     PRECISIONS,
-    STEPS,
     Loss,
     anamnesis_index,
     durability_warnings,
@@ -81,6 +80,8 @@ def audit(
     structures: Sequence[str] = (),
     probe_layer: str = "",
     loss: Loss | None = None,
+    relearn_steps: int = 40,
+    patch_size: Sequence[int] | None = None,
     subgroups: Sequence[str] = (),
     key: bytes | None = None,
     private: str | Path | None = None,
@@ -111,6 +112,8 @@ def audit(
         structures: the names of the foreground channels, for the segmentation of several structures.
         probe_layer: the module whose input the probe for a suppressed structure reads.
         loss: of logits and labels, to relearn with; None leaves relearning and benign fine-tuning out.
+        relearn_steps: of each relearning curve; 0 leaves them out.
+        patch_size: of the random patches that relearning trains on, for networks that work on patches.
         subgroups: metadata columns whose groups of unseen cases are looked at one by one.
         key: of the pseudonyms in the table of cases; without it they are numbered.
         private: where residual-memory maps of the forget cases are written for viewers; None writes none.
@@ -174,8 +177,8 @@ def audit(
     relearn = suppression.pop("relearn", None) if suppression else None
     if relearn is not None:
         relearn = {"few_shot": relearn}
-    elif loss is not None and suppressed is None:
-        relearn = _relearn(models, judges, datasets, loss, options, seed, meter)
+    elif loss is not None and relearn_steps > 0 and suppressed is None:
+        relearn = _relearn(models, judges, datasets, loss, relearn_steps, patch_size, options, seed, meter)
     reasons = [*reasons, *durability_warnings(relearn or {})]
     has_maps = main == "iou" and judges is not None and suppressed is None
     profiles = (
@@ -502,6 +505,8 @@ def _relearn(
     judges: References | None,
     datasets: Mapping[str, MemoryDataset],
     loss: Loss,
+    steps: int,
+    patch_size: Sequence[int] | None,
     options: Mapping[str, Any],
     seed: int,
     meter: _Meter,
@@ -516,16 +521,22 @@ def _relearn(
     chosen = np.random.default_rng(seed).permutation(len(forget))[:MOST_RELEARNED]
     scored = MemoryDataset([forget.data[index] for index in sorted(chosen)], forget.transform, forget.store)
     taught = {"forget": forget, "benign": datasets.get("retain", forget), "unrelated": datasets["holdout"]}
-    batch = min(16, options["batch_size"])
+    batch = 16 if patch_size is not None else min(16, options["batch_size"])
+    scored_at = sorted({0, steps // 8, steps // 4, steps // 2, steps})
     found: dict[str, Any] = {}
     for kind, dataset in taught.items():
         for name, network in compared.items():
             found.setdefault(kind, {})[name] = relearn_curve(
-                network, dataset, scored, loss, batch_size=batch, device=options["device"], inferer=options["inferer"],
-                seed=seed, desc=f"{kind}, {name}",
+                network, dataset, scored, loss, scored_at, batch_size=batch, patch_size=patch_size,
+                device=options["device"], inferer=options["inferer"], seed=seed, desc=f"{kind}, {name}",
             )  # fmt: skip
-            meter.count(3 * max(STEPS) * batch + len(STEPS) * len(scored))
+            meter.count(3 * steps * batch * _patch_share(forget, patch_size) + len(scored_at) * len(scored))
     return found
+
+
+def _patch_share(dataset: MemoryDataset, patch_size: Sequence[int] | None) -> float:
+    """The share of an image that a patch covers."""
+    return 1.0 if patch_size is None else math.prod(patch_size) / math.prod(dataset[0]["image"].shape[1:])
 
 
 def _relearn_index(relearn: Mapping[str, Any] | None, scores: Scores, main: str) -> dict[str, Any] | None:
