@@ -211,6 +211,8 @@ def test_every_attack_of_the_family_finds_memory_and_nothing_where_there_is_none
 
 def test_the_strongest_attack_is_chosen_and_tested_on_different_patients():
     assert strongest_attack(ORIGINAL, JUDGE, GROUPS)["auc"] > 0.95
+    over_forgotten = strongest_attack(model(0.1, seed=10), JUDGE, GROUPS)  # an AUC of 0 is as strong as one of 1
+    assert over_forgotten["auc"] < 0.05 and over_forgotten["direction"] == "over-forgotten"
     found = strongest_attack(FORGOT, JUDGE, GROUPS)
     assert (found["n_forget"], found["n_holdout"]) == (20, 40) and not found["attack"].startswith("raw")
     over, values = 0, []
@@ -595,6 +597,11 @@ def test_any_two_models_are_audited_from_their_weights(tmp_path):
     bare = audit_weights(small_unet, weights, LISTS, draw)
     assert bare["tier"] == 0 and bare["expected_unseen"] is None and bare["verdict"] != "NOT REFUTED"
     assert "tier 0" in Path(write_report(bare, tmp_path)).read_text()
+    alone = {name: LISTS[name] for name in ("forget", "holdout")}
+    report = audit_weights(small_unet, weights, alone, draw, references=[small_unet(seed=2).state_dict()])
+    assert report["splits"]["retain"] == 0 and report["leaks"] is None and report["tug_of_war"] is None
+    assert "retain" not in report["scores"]["unlearned"]
+    write_report(report, tmp_path)
     with pytest.raises(ValueError, match="0 stands under forget and under holdout"):
         audit_weights(small_unet, weights, {**LISTS, "holdout": LISTS["forget"]}, draw)
     with pytest.raises(ValueError, match="needs a data list of holdout cases"):

@@ -207,7 +207,8 @@ def strongest_attack(
         members, others = (side[kept] for side, kept in zip(family[name], halves[which]))
         return attack(members, others, seed)
 
-    far = {name: abs((half(name, 0)["auc"] or 0.5) - 0.5) for name in family}
+    chosen_from = {name: half(name, 0)["auc"] for name in family}
+    far = {name: abs(value - 0.5) for name, value in chosen_from.items() if value is not None}
     chosen = max(far, key=lambda name: far[name])
     return {"attack": chosen, **half(chosen, 1)}
 

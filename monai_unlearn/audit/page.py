@@ -132,11 +132,12 @@ def _leaks(report: Mapping[str, Any]) -> list[str]:
     leaks = report.get("leaks")
     if not leaks:
         return []
-    two = leaks["two_versions"]
-    lines = [
-        "Whoever holds the original and the unlearned model tells forgotten from retained cases with AUC "
-        f"{_number(two['auc'])}{_interval(two['ci'])}: so would a retrained model. Do not hand out both versions."
-    ]
+    two, lines = leaks["two_versions"], []
+    if two["auc"] is not None:
+        lines.append(
+            "Whoever holds the original and the unlearned model tells forgotten from retained cases with AUC "
+            f"{_number(two['auc'])}{_interval(two['ci'])}: so would a retrained model. Do not hand out both versions."
+        )
     if "retained" in leaks:
         values = ", ".join(f"{name} {_number(row['auc'])}" for name, row in leaks["retained"].items())
         lines.append(f"The same attack on the patients who stay (no rise wanted): {values}.")
