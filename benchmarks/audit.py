@@ -149,7 +149,7 @@ def main() -> None:
             others = ("retrained_other", "retrained") if name == "retrained" else ("retrained", "retrained_other")
             second = 2 if name in ("identity", "collapsed", "contradicting") else 1
             report = run(
-                BUNDLE, (), arguments.dataset_dir, folder / "audits" / name, "audit", holdout_fold=4, durability=0,
+                BUNDLE, (), arguments.dataset_dir, folder / "audits" / name, "audit", holdout_fold=4, relearn_steps=0,
                 original_model=models["original"], unlearned_model={"identity": models["original"], **made}.get(name)
                 or models[name], retrained_model=models[others[0]], retrained_other_model=models[others[1]],
                 reference_models=[str(models["reference"]), str(models["judge"])], with_retrained=second, **options,
@@ -159,7 +159,7 @@ def main() -> None:
             if not measured(f"fit {epochs} epochs"):
                 report = run(
                     BUNDLE, ("identity",), arguments.dataset_dir, arguments.output_dir / f"fit{epochs}",
-                    original_epochs=epochs, with_retrained=0, durability=0, **options,
+                    original_epochs=epochs, with_retrained=0, relearn_steps=0, **options,
                 )  # fmt: skip
                 append(ROWS, row_of(report, f"fit {epochs} epochs", arguments.seed))
     rows = finished(ROWS)

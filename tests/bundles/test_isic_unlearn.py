@@ -85,7 +85,7 @@ def test_fold_models_judge_each_case_that_they_never_saw(quick, tmp_path):
     torch.save({key: 1.01 * value if value.is_floating_point() else value for key, value in weights.items()},
                tmp_path / "nearly.pt")  # fmt: skip
     start(
-        tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, durability="false",
+        tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, relearn_steps="false",
         original_model=str(models / "original.pt"), unlearned_model=str(tmp_path / "nearly.pt"), reference_models=files,
         forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027", with_retrained=0,
     )  # fmt: skip
