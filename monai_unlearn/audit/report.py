@@ -58,6 +58,31 @@ NOT_TESTED = [
     "attacks with many shadow models (LiRA, RULI) and many pairs of models",
     "copies of the data outside this run: backups, archives, other models trained on it",
 ]
+# name -> unit, direction, target
+METRICS = {
+    "mean_iou": ("share", "higher", "forget: expected_unseen or the retrained model; else not lower than before"),
+    "mean_dice": ("share", "higher", "as mean_iou"),
+    "accuracy": ("share", "higher", "as mean_iou"),
+    "balanced_accuracy": ("share", "higher", "as mean_iou"),
+    "loss": ("nats", "lower", "as the retrained model"),
+    "ece": ("probability", "lower", "as the retrained model or the original"),
+    "ece_band": ("probability", "lower", "as ece"),
+    "brier": ("squared probability", "lower", "as ece"),
+    "mean_hd95": ("voxels", "lower", "not higher than before"),
+    "mean_nsd": ("share", "higher", "not lower than before"),
+    "mean_volume_error": ("share of the picture", "to 0", "0"),
+    "completeness": ("ratio", "to 1", "1"),
+    "auc of a raw attack": ("probability", "to its null", "null"),
+    "auc of any other attack": ("probability", "to .5", "0.5"),
+    "tpr_at_5pct_fpr": ("share", "to .05", "0.05"),
+    "leaks.two_versions": ("probability", "printed", "none: even retraining leaks"),
+    "leaks.retained": ("probability", "no rise", "that of the original"),
+    "agreement": ("Dice or share", "higher", "that of two retrained models"),
+    "js": ("bits", "lower", "that of two retrained models"),
+    "tug_of_war": ("product", "higher", "1"),
+    "relearn": ("score by steps", "as compared", "the curve of the retrained model or a reference"),
+    "residual": ("nats", "to that of unseen cases", "that of the holdout"),
+}
 MOST_RELEARNED = 100  # forget cases that a relearning curve scores
 Scores = dict[str, dict[str, Rows]]
 
@@ -195,6 +220,7 @@ def audit(
         "request": resolution.request.id,
         "limits": resolution.request.limits_in_force,
         "data": data,
+        "metrics": {name: dict(zip(("unit", "direction", "target"), row)) for name, row in METRICS.items()},
         "splits": {name: len(items) for name, items in splits.items()},
         "groups": {name: len(set(names)) for name, names in groups.items()},
         "scores": {
