@@ -38,8 +38,9 @@ from monai_unlearn.audit import (
     tpr_at_fpr,
     write_report,
 )
+from monai_unlearn.audit.cost import cost_table
 from monai_unlearn.audit.page import render
-from monai_unlearn.audit.report import cost_table, plain
+from monai_unlearn.audit.report import plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
 from monai_unlearn.audit.suppression import judge_suppression

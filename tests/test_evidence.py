@@ -671,5 +671,13 @@ def test_a_student_is_audited_with_its_adapter_beside_it(tmp_path):
     save_adapter(student, tmp_path / "adapter")
     weights = {"original": original.state_dict(), "unlearned": merge_lora(student).state_dict()}
     report = audit_weights(small_unet, weights, LISTS, draw, adapter=tmp_path / "adapter")
-    assert report["probes"]["adapter"]["largest_difference"] < 1e-5
+    assert report["probes"]["adapter"] == {"gives_original_back": True}
+    other = {**weights, "unlearned": small_unet(seed=1).state_dict()}
+    assert audit_weights(small_unet, other, LISTS, draw, adapter=tmp_path / "adapter")["probes"]["adapter"] == {
+        "gives_original_back": False
+    }
+    elsewhere = {"original": small_unet(seed=8).state_dict(), "unlearned": weights["unlearned"]}
+    assert audit_weights(small_unet, elsewhere, LISTS, draw, adapter=tmp_path / "adapter")["probes"]["adapter"] == {
+        "gives_original_back": False
+    }
     assert report["probes"]["original_statistics"] is None

@@ -6,19 +6,26 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint import CheckpointError
 from ..data import MemoryDataset
-from ..lora import freeze_norm
+from ..lora import freeze_norm, load_adapter, merge_lora
+from .cost import Meter
+from .reference import References
 from .scores import Inferer, main_score, score_cases
 
 STEPS = (0, 5, 10, 20, 40)
 PRECISIONS = ("bf16", "int8", "int4")
+MOST_RELEARNED = 100  # forget cases that a curve scores
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -185,3 +192,93 @@ def with_statistics_of(network: nn.Module, original: nn.Module) -> nn.Module | N
 def removable(state_dict: Mapping[str, Any]) -> list[str]:
     """Keys of adapters that can be taken off again; a model with any is suppressed and not unlearned."""
     return sorted(key for key in state_dict if "lora_" in key or "adapter" in key or key.startswith("base_model."))
+
+
+def relearn_curves(
+    models: Mapping[str, nn.Module],
+    references: References | None,
+    datasets: Mapping[str, MemoryDataset],
+    loss: Loss,
+    steps: int,
+    patch_size: Sequence[int] | None,
+    options: Mapping[str, Any],
+    seed: int,
+    meter: Meter,
+) -> dict[str, Any]:
+    """Curves of the forget score by what a copy is trained on, of the unlearned model and of one that never saw it."""
+    compared = {"unlearned": models["unlearned"]}
+    if "retrained" in models:
+        compared["retrained"] = models["retrained"]
+    elif references is not None:
+        compared["judge"] = references.networks[0]
+    forget = datasets["forget"]
+    chosen = np.random.default_rng(seed).permutation(len(forget))[:MOST_RELEARNED]
+    scored = MemoryDataset([forget.data[index] for index in sorted(chosen)], forget.transform, forget.store)
+    taught = {"forget": forget, "benign": datasets.get("retain", forget), "unrelated": datasets["holdout"]}
+    batch = 16 if patch_size is not None else min(16, options["batch_size"])
+    scored_at = sorted({0, steps // 8, steps // 4, steps // 2, steps})
+    found: dict[str, Any] = {}
+    for kind, dataset in taught.items():
+        for name, network in compared.items():
+            found.setdefault(kind, {})[name] = relearn_curve(
+                network, dataset, scored, loss, scored_at, batch_size=batch, patch_size=patch_size,
+                device=options["device"], inferer=options["inferer"], seed=seed, desc=f"{kind}, {name}",
+            )  # fmt: skip
+            meter.count(3 * steps * batch * _patch_share(forget, patch_size) + len(scored_at) * len(scored))
+    return found
+
+
+def _patch_share(dataset: MemoryDataset, patch_size: Sequence[int] | None) -> float:
+    """The share of an image that a patch covers."""
+    return 1.0 if patch_size is None else math.prod(patch_size) / math.prod(dataset[0]["image"].shape[1:])
+
+
+def relearn_index(relearn: Mapping[str, Any] | None, original: float) -> dict[str, Any] | None:
+    """Steps until the forget set scores within .02 of the original's again, see :func:`anamnesis_index`."""
+    curves = (relearn or {}).get("forget", {})
+    other = curves.get("retrained", curves.get("judge"))
+    if not other:
+        return None
+    return anamnesis_index(curves["unlearned"], other, original - 0.02)
+
+
+def weight_probes(
+    models: Mapping[str, nn.Module],
+    datasets: Mapping[str, MemoryDataset],
+    options: Mapping[str, Any],
+    adapter: str | Path | None,
+    meter: Meter,
+) -> dict[str, Any]:
+    """The unlearned model's scores after changes that train nothing."""
+    plain_options = {name: value for name, value in options.items() if name != "metrics"}
+
+    def means(network: nn.Module, what: str) -> dict[str, float]:
+        found = {}
+        for split in ("forget", "holdout"):
+            rows = score_cases(network, datasets[split], **plain_options, desc=what)
+            meter.count(len(datasets[split]))
+            found[split] = float(rows[main_score(rows)].mean())
+        return found
+
+    unlearned, original = models["unlearned"], models["original"]
+    found: dict[str, Any] = {
+        "rounding": {one: means(rounded(unlearned, one), f"rounded to {one}") for one in PRECISIONS},
+        "original_statistics": None,
+        "adapter": None,
+    }
+    restored = with_statistics_of(unlearned, original)
+    if restored is not None:
+        found["original_statistics"] = means(restored, "with the original's statistics")
+    if adapter is not None and Path(adapter).is_dir():
+        found["adapter"] = {"gives_original_back": _gives_back(original, unlearned, adapter)}
+    return found
+
+
+def _gives_back(original: nn.Module, unlearned: nn.Module, adapter: str | Path) -> bool:
+    """Whether a folder's adapter is all that lies between two models: taken off the one, it gives the other."""
+    try:
+        remade = merge_lora(load_adapter(copy.deepcopy(original), adapter))
+    except CheckpointError:  # of another run: made for other weights
+        return False
+    pairs = zip(remade.parameters(), unlearned.parameters())
+    return all(torch.allclose(one, other, atol=1e-6) for one, other in pairs)

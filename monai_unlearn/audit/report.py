@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,20 +18,11 @@ from torch import Tensor, nn
 from ..checkpoint import load_weights, write_json, write_text
 from ..data import MemoryDataset
 from ..engines import forward_flops
-from ..lora import load_adapter, merge_lora
 from ..relabel import probabilities
 from ..request import DeletionRequest, Item, RequestError, Resolution, groups_of, item_id, pseudonym
+from .cost import Meter, cost_table
 from .distance import compare_cases, tug_of_war
-from .durability import (
-    PRECISIONS,
-    Loss,
-    anamnesis_index,
-    durability_warnings,
-    relearn_curve,
-    removable,
-    rounded,
-    with_statistics_of,
-)
+from .durability import Loss, durability_warnings, relearn_curves, relearn_index, removable, weight_probes
 from .membership import (
     attacked_score,
     attacked_scores,
@@ -83,7 +72,6 @@ METRICS = {
     "relearn": ("score by steps", "as compared", "the curve of the retrained model or a reference"),
     "residual": ("nats", "to that of unseen cases", "that of the holdout"),
 }
-MOST_RELEARNED = 100  # forget cases that a relearning curve scores
 Scores = dict[str, dict[str, Rows]]
 
 
@@ -168,7 +156,7 @@ def audit(
     options: dict[str, Any] = {
         "device": device, "batch_size": batch_size, "inferer": inferer, "metrics": metrics
     }  # fmt: skip
-    meter = _Meter(forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer))
+    meter = Meter(forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer))
     scores = _score_all(models, judges, datasets, splits, options, seed, meter)
     main = main_score(scores["original"]["holdout"])
     target: float | None = None
@@ -203,7 +191,7 @@ def audit(
     if relearn is not None:
         relearn = {"few_shot": relearn}
     elif loss is not None and relearn_steps > 0 and suppressed is None:
-        relearn = _relearn(models, judges, datasets, loss, relearn_steps, patch_size, options, seed, meter)
+        relearn = relearn_curves(models, judges, datasets, loss, relearn_steps, patch_size, options, seed, meter)
     reasons = [*reasons, *durability_warnings(relearn or {})]
     has_maps = main == "iou" and judges is not None and suppressed is None
     profiles = (
@@ -212,10 +200,10 @@ def audit(
         else None
     )
     table = _cases(scores, groups, splits, key) if "judge" in scores and suppressed is None else []
-    probes = _probes(models, datasets, scores, options, adapter, meter) if suppressed is None else None
+    probes = weight_probes(models, datasets, options, adapter, meter) if suppressed is None else None
     report = {
         "schema": SCHEMA,
-        "tier": 2 if "retrained" in models else 1 if judges is not None else 0,
+        "tier": 0 if judges is None and suppressed is None else 2 if "retrained" in models else 1,
         "job": resolution.request.job,
         "request": resolution.request.id,
         "limits": resolution.request.limits_in_force,
@@ -249,7 +237,7 @@ def audit(
         "subgroups": _subgroups(scores, splits["holdout"], groups["holdout"], subgroups, main),
         "suppression": suppression,
         "relearn": relearn,
-        "relearn_index": _relearn_index(relearn, scores, main),
+        "relearn_index": relearn_index(relearn, float(scores["original"]["forget"][main].mean())),
         "probes": probes,
         "residual": profiles and {split: profile["means"] for split, profile in profiles.items()},
         "stop": phases.get("unlearn", {}).get("reports", {}).get("stop_at_reference"),
@@ -358,20 +346,6 @@ def audit_weights(
     return audit(resolution, models, judges, transform, device=device, **options)
 
 
-class _Meter:
-    """Image passes of the audit; one that only goes forward counts a third of one that trains."""
-
-    def __init__(self, forward: float) -> None:
-        self.forward, self.passes = forward, 0.0
-
-    def count(self, cases: float, passes: float = 1.0) -> None:
-        """So many cases went forward so many times; a training step is three."""
-        self.passes += cases * passes
-
-    def spent(self) -> dict[str, float]:
-        return {"images": self.passes / 3, "flops": self.passes * self.forward}
-
-
 def _score_all(
     models: Mapping[str, nn.Module],
     judges: References | None,
@@ -379,7 +353,7 @@ def _score_all(
     splits: Mapping[str, Sequence[Item]],
     options: Mapping[str, Any],
     seed: int,
-    meter: _Meter,
+    meter: Meter,
 ) -> Scores:
     """Rows of every model on every split; ``judge`` holds those of the references."""
     apart = {name: dataset for name, dataset in datasets.items() if not name.startswith("holdout_")}
@@ -417,7 +391,7 @@ def _compare(
     datasets: Mapping[str, MemoryDataset],
     splits: Mapping[str, Sequence[Item]],
     options: Mapping[str, Any],
-    meter: _Meter,
+    meter: Meter,
 ) -> dict[str, dict[str, Rows]]:
     """split -> model -> how each case's output differs from the retrained model's; empty without one."""
     chosen = {
@@ -526,92 +500,6 @@ def _subgroups(
     return rows
 
 
-def _relearn(
-    models: Mapping[str, nn.Module],
-    judges: References | None,
-    datasets: Mapping[str, MemoryDataset],
-    loss: Loss,
-    steps: int,
-    patch_size: Sequence[int] | None,
-    options: Mapping[str, Any],
-    seed: int,
-    meter: _Meter,
-) -> dict[str, Any]:
-    """Curves of the forget score by what a copy is trained on, of the unlearned model and of one that never saw it."""
-    compared = {"unlearned": models["unlearned"]}
-    if "retrained" in models:
-        compared["retrained"] = models["retrained"]
-    elif judges is not None:
-        compared["judge"] = judges.networks[0]
-    forget = datasets["forget"]
-    chosen = np.random.default_rng(seed).permutation(len(forget))[:MOST_RELEARNED]
-    scored = MemoryDataset([forget.data[index] for index in sorted(chosen)], forget.transform, forget.store)
-    taught = {"forget": forget, "benign": datasets.get("retain", forget), "unrelated": datasets["holdout"]}
-    batch = 16 if patch_size is not None else min(16, options["batch_size"])
-    scored_at = sorted({0, steps // 8, steps // 4, steps // 2, steps})
-    found: dict[str, Any] = {}
-    for kind, dataset in taught.items():
-        for name, network in compared.items():
-            found.setdefault(kind, {})[name] = relearn_curve(
-                network, dataset, scored, loss, scored_at, batch_size=batch, patch_size=patch_size,
-                device=options["device"], inferer=options["inferer"], seed=seed, desc=f"{kind}, {name}",
-            )  # fmt: skip
-            meter.count(3 * steps * batch * _patch_share(forget, patch_size) + len(scored_at) * len(scored))
-    return found
-
-
-def _patch_share(dataset: MemoryDataset, patch_size: Sequence[int] | None) -> float:
-    """The share of an image that a patch covers."""
-    return 1.0 if patch_size is None else math.prod(patch_size) / math.prod(dataset[0]["image"].shape[1:])
-
-
-def _relearn_index(relearn: Mapping[str, Any] | None, scores: Scores, main: str) -> dict[str, Any] | None:
-    """Steps until the forget set scores within .02 of the original's again."""
-    curves = (relearn or {}).get("forget", {})
-    other = curves.get("retrained", curves.get("judge"))
-    if not other:
-        return None
-    return anamnesis_index(curves["unlearned"], other, float(scores["original"]["forget"][main].mean()) - 0.02)
-
-
-def _probes(
-    models: Mapping[str, nn.Module],
-    datasets: Mapping[str, MemoryDataset],
-    scores: Scores,
-    options: Mapping[str, Any],
-    adapter: str | Path | None,
-    meter: _Meter,
-) -> dict[str, Any]:
-    """The unlearned model's scores after changes that train nothing."""
-    main = main_score(scores["original"]["holdout"])
-    plain_options = {name: value for name, value in options.items() if name != "metrics"}
-
-    def means(network: nn.Module, what: str) -> dict[str, float]:
-        found = {}
-        for split in ("forget", "holdout"):
-            rows = score_cases(network, datasets[split], **plain_options, desc=what)
-            meter.count(len(datasets[split]))
-            found[split] = float(rows[main].mean())
-        return found
-
-    unlearned, original = models["unlearned"], models["original"]
-    found: dict[str, Any] = {
-        "rounding": {one: means(rounded(unlearned, one), f"rounded to {one}") for one in PRECISIONS},
-        "original_statistics": None,
-        "adapter": None,
-    }
-    restored = with_statistics_of(unlearned, original)
-    if restored is not None:
-        found["original_statistics"] = means(restored, "with the original's statistics")
-    if adapter is not None and Path(adapter).is_dir():
-        remade = merge_lora(load_adapter(copy.deepcopy(original), adapter))
-        pairs = zip(remade.parameters(), unlearned.parameters())
-        found["adapter"] = {
-            "kept": True, "largest_difference": max(float((one.detach() - other).abs().max()) for one, other in pairs)
-        }  # fmt: skip
-    return found
-
-
 def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -634,50 +522,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value
-
-
-def _sum(parts: Sequence[Mapping[str, Any] | None], units: Sequence[str]) -> dict[str, Any] | None:
-    """Unit by unit; None where a part is not known."""
-    known = [part for part in parts if part is not None]
-    return {unit: sum(part[unit] for part in known) for unit in units} if len(known) == len(parts) else None
-
-
-def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str, float]) -> dict[str, Any]:
-    """Seconds, floating-point operations and image passes by purpose; None where a step was not part of this run.
-
-    ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
-    ``train`` (strong phase and restoration). ``audit`` holds the scoring and the training of the judge. An image that
-    only goes forward counts a third. Of the probes for a suppressed class the seconds are counted and nothing else.
-    """
-    units = ("seconds", "flops", "images")
-
-    def of(name: str) -> Mapping[str, Any] | None:
-        return phases[name] if "seconds" in phases.get(name, {}) else None  # weights that were given cost nothing here
-
-    given = of("reference") is None
-
-    parts: dict[str, Mapping[str, Any] | None] = {
-        "cache": of("cache"),
-        "reference": of("reference") or (dict.fromkeys(units, 0) if given else None),
-        "train": _sum([of("unlearn"), *([of("restore")] if "restore" in phases else [])], units),
-        "retrain": of("retrain"),
-    }
-    judge = of("judge") or dict.fromkeys(units, 0)
-    parts["unlearn"] = _sum([parts[name] for name in ("cache", "reference", "train")], units)
-    parts["audit"] = {unit: audit_cost[unit] + judge[unit] for unit in units}
-    table: dict[str, Any] = {}
-    for name in ("cache", "reference", "train", "unlearn", "audit", "retrain"):
-        for unit in units:
-            part = parts[name]
-            table[f"{name}_{unit}"] = None if part is None else part[unit]
-    trained = phases.get("unlearn", {})
-    return {
-        **table,
-        "references_given": given,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "trainable_parameters": trained.get("trainable_parameters"),
-        "total_parameters": trained.get("total_parameters"),
-    }
 
 
 @torch.no_grad()
