@@ -225,6 +225,22 @@ def test_a_model_that_taught_cannot_judge(quick, tmp_path):
     twice = [str(quick / "models" / "judge.pt")] * 2
     with pytest.raises(Stop, match="the same model cannot teach and judge"):
         start(tmp_path / "out", reference_models=twice)
+    with pytest.raises(Stop, match="two files or more"):
+        start(tmp_path / "out", reference_models=twice[:1])
+    models = [str(quick / "models" / f"{name}.pt") for name in ("reference", "original")]
+    with pytest.raises(Stop, match="a reference has never seen the forget set"):
+        start(tmp_path / "out", reference_models=models, original_model=models[1])
+    audited = {"original_model": models[1], "unlearned_model": models[0], "reference_models": models[:1] + twice[:1]}
+    with pytest.raises(Stop, match="must not be the unlearned model"):
+        start(tmp_path / "out", run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4,
+              forget_ids="PHANTOM_0000003", with_retrained=0, **{**audited, "unlearned_model": twice[0]})  # fmt: skip
+
+
+def test_subgroups_are_checked_before_any_work(quick, tmp_path):
+    data = {"dataset_dir": str(quick / "phantom_quick"), "forget_ids": "PHANTOM_0000003"}
+    with pytest.raises(Stop, match="no column 'sec'; did you mean 'sex'"):
+        start(tmp_path / "out", subgroups=["sec"], **data)
+    assert not (tmp_path / "out" / "models").exists()
 
 
 def test_the_plan_writes_nothing(tmp_path, capsys, monkeypatch):
