@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..data import MemoryDataset
 from ..relabel import probabilities
-from .scores import Inferer, Rows, hard_masks, surface_band
+from .scores import Inferer, Rows, hard_masks, mean_dice, surface_band
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -83,15 +83,10 @@ def compare_cases(
                 row = {"agreement": logits[name].argmax(1).eq(logits[against].argmax(1)).double(), "js": js}
             else:
                 where, band = inside[:, 0], surface_band((label > 0.5).to(js))[:, 0] * inside[:, 0]
-                row = {"agreement": _dice(hard_masks(logits[name]) * inside, hard_masks(logits[against]) * inside)}
+                said = (hard_masks(logits[one]) * inside for one in (name, against))
+                row = {"agreement": mean_dice(*said)}
                 for key, counted in (("js", where), ("js_band", band)):
                     row[key] = (js * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
             for key, value in row.items():
                 kept.setdefault(key, []).append(value.double().cpu())
     return {name: {key: torch.cat(rows).numpy() for key, rows in kept.items()} for name, kept in found.items()}
-
-
-def _dice(one: Tensor, other: Tensor) -> Tensor:
-    foreground = slice(0 if one.shape[1] == 1 else 1, None)
-    both, total = ((x[:, foreground]).flatten(2).sum(2) for x in (2 * one * other, one + other))
-    return torch.where(total > 0, both / total.clamp_min(1), 1.0).mean(1)

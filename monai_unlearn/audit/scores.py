@@ -71,6 +71,12 @@ def cl_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * precision * sensitivity / max(precision + sensitivity, 1e-12))
 
 
+def mean_dice(masks: Tensor, others: Tensor) -> Tensor:
+    """Dice of each case's masks ``(B, C, *spatial)``, the mean over foreground channels; 1 where both are empty."""
+    metric = DiceMetric(include_background=masks.shape[1] == 1, ignore_empty=False)
+    return torch.as_tensor(metric(masks, others)).mean(1)
+
+
 def surface_band(label: Tensor, width: int = BAND) -> Tensor:
     """Voxels within ``width`` of the surface of any structure, counted along the axes and diagonals.
 
@@ -171,10 +177,7 @@ def detailed_scores(
     for name, counted in zip(CALIBRATION, (flat["inside"], flat["band"])):
         found[name] = _calibration(confidence.flatten(1), hit.flatten(1).to(p), counted)
     if flipped is not None:
-        other = hard_masks(flipped) * inside
-        both = 2 * (masks * other)[:, foreground].flatten(1).sum(1)
-        total = (masks + other)[:, foreground].flatten(1).sum(1)
-        found["flip"] = torch.where(total > 0, both / total.clamp_min(1), 1.0)
+        found["flip"] = mean_dice(masks, hard_masks(flipped) * inside)
     return found
 
 
@@ -219,13 +222,9 @@ def case_scores(
         }
     inside = torch.ones_like(label[:, :1]) if region is None else region.to(label)
     masks, truth = hard_masks(logits) * inside, (label > 0.5).float() * inside
-    scores: dict[str, Tensor] = {}
     background = logits.shape[1] == 1
-    for name, metric in (
-        ("iou", MeanIoU(include_background=background, ignore_empty=False)),
-        ("dice", DiceMetric(include_background=background, ignore_empty=False)),
-    ):
-        scores[name] = torch.as_tensor(metric(masks, truth)).mean(1)
+    overlap = MeanIoU(include_background=background, ignore_empty=False)
+    scores = {"iou": torch.as_tensor(overlap(masks, truth)).mean(1), "dice": mean_dice(masks, truth)}
     foreground = slice(0 if background else 1, None)
     for name, one in (metrics or {}).items():
         pairs = zip(masks[:, foreground].cpu().numpy() > 0, truth[:, foreground].cpu().numpy() > 0)
