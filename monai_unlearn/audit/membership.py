@@ -23,17 +23,19 @@ Sides = tuple[np.ndarray, np.ndarray]
 Groups = Mapping[str, Sequence[str]]
 
 
-def attack(members: np.ndarray, others: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def attack(
+    members: np.ndarray, others: np.ndarray, seed: int = 0, sides: tuple[str, str] = ("forget", "holdout")
+) -> dict[str, Any]:
     """A threshold attack on one score per patient; patients whose score is undefined are left out.
 
     Returns:
         ``auc`` with its 95 % ``ci`` (patients drawn anew), ``direction`` (``remembered`` above .5, ``over-forgotten``
         below, ``none`` where the interval covers it), ``resolution``, how far from .5 an AUC of so few patients has to
         lie to count, ``tpr_at_5pct_fpr`` with its exact ``tpr_ci``, ``tpr_at_1pct_fpr`` from 100 unseen patients on,
-        and how many patients stood on each side. Undefined values are None.
+        and how many patients stood on each side, ``n_`` with the names of the ``sides``. Undefined values are None.
     """
     members, others = members[~np.isnan(members)], others[~np.isnan(others)]
-    counts = {"n_forget": len(members), "n_holdout": len(others)}
+    counts = {f"n_{sides[0]}": len(members), f"n_{sides[1]}": len(others)}
     if len(members) < 2 or len(others) < 2:
         return {"auc": None, "ci": None, "direction": "undefined", "resolution": None, "tpr_at_5pct_fpr": None,
                 "tpr_ci": None, "tpr_at_1pct_fpr": None, **counts}  # fmt: skip
@@ -222,14 +224,14 @@ def two_version_leak(
     """
     score = attacked_score(original["forget"])
     sides = [group_means(original[s][score] - unlearned[s][score], groups[s]) for s in ("forget", "retain")]
-    return attack(sides[0], sides[1], seed)
+    return attack(sides[0], sides[1], seed, ("forget", "retain"))
 
 
 def retained_leak(rows: Mapping[str, Rows], out: Mapping[str, Rows], groups: Groups, seed: int = 0) -> dict[str, Any]:
     """The calibrated attack on the patients who stay, as far as a reference never saw them."""
     score = attacked_score(rows["retain"])
     sides = [group_means(rows[s][score] - out[s][score], groups[s]) for s in ("retain", "holdout")]
-    return attack(sides[0], sides[1], seed)
+    return attack(sides[0], sides[1], seed, ("retain", "holdout"))
 
 
 def negative_control(values: np.ndarray, groups: Sequence[str], splits: int = 20, seed: int = 0) -> dict[str, Any]:
