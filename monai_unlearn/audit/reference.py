@@ -142,8 +142,10 @@ def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> li
         seed: of the draw, independent of the items' order.
 
     Raises:
-        ValueError: with fewer groups than parts.
+        ValueError: with fewer groups than parts, or fewer than two parts.
     """
+    if parts < 2:
+        raise ValueError(f"references need two parts or more, one to teach and one to judge; got {parts}.")
     members: dict[str, list[Item]] = defaultdict(list)
     for item in retain:
         members[str(item["group"])].append(item)

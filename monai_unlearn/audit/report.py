@@ -193,12 +193,11 @@ def audit(
     elif loss is not None and relearn_steps > 0 and suppressed is None:
         relearn = relearn_curves(models, judges, datasets, loss, relearn_steps, patch_size, options, seed, meter)
     reasons = [*reasons, *durability_warnings(relearn or {})]
-    has_maps = main == "iou" and judges is not None and suppressed is None
-    profiles = (
-        residual_profiles(models["unlearned"], judges, datasets, device, inferer, private, key)
-        if has_maps and judges is not None
-        else None
-    )
+    profiles = None
+    if main == "iou" and judges is not None and suppressed is None:
+        profiles = residual_profiles(models["unlearned"], judges, datasets, device, inferer, private, key)
+        cases = len(datasets["forget"]) + min(len(datasets["forget"]), len(datasets["holdout"]))
+        meter.count(cases * (1 + len(judges.networks)))
     table = _cases(scores, groups, splits, key) if "judge" in scores and suppressed is None else []
     probes = weight_probes(models, datasets, options, adapter, meter) if suppressed is None else None
     report = {
@@ -370,11 +369,19 @@ def _score_all(
         scores["judge"] = judges.score(apart, seed, **options, desc="scoring references", detailed=True)
         meter.count(sum(map(len, apart.values())) * len(judges.networks), passes)
     for rows in scores.values():
-        for split in ("holdout_alike", "holdout_other"):
-            if split in datasets:
-                wanted = {item_id(item) for item in splits[split]}
-                rows[split] = rows_of(rows["holdout"], (item_id(item) in wanted for item in splits["holdout"]))
+        for split, inside in _parts_of_holdout(splits).items():
+            rows[split] = rows_of(rows["holdout"], inside)
     return scores
+
+
+def _parts_of_holdout(splits: Mapping[str, Sequence[Item]]) -> dict[str, list[bool]]:
+    """For each part of the holdout that has cases, which of the holdout's they are."""
+    found = {}
+    for split in ("holdout_alike", "holdout_other"):
+        wanted = {item_id(item) for item in splits.get(split, ())}
+        if wanted:
+            found[split] = [item_id(item) in wanted for item in splits["holdout"]]
+    return found
 
 
 def _summary(rows: Rows, groups: Sequence[str], main: str, classes: Sequence[str]) -> dict[str, Any]:
@@ -404,11 +411,8 @@ def _compare(
     for split in ("forget", "holdout"):
         found[split] = compare_cases(chosen, "retrained", datasets[split], **options)
         meter.count(len(datasets[split]) * len(chosen))
-    for split in ("holdout_alike", "holdout_other"):
-        if split in datasets:
-            wanted = {item_id(item) for item in splits[split]}
-            inside = [item_id(item) in wanted for item in splits["holdout"]]
-            found[split] = {name: rows_of(rows, inside) for name, rows in found["holdout"].items()}
+    for split, inside in _parts_of_holdout(splits).items():
+        found[split] = {name: rows_of(rows, inside) for name, rows in found["holdout"].items()}
     return found
 
 
