@@ -196,6 +196,8 @@ def test_references_get_disjoint_whole_groups_whatever_the_order():
     assert reference_parts(items, 3, seed=2) != parts
     with pytest.raises(ValueError, match="2 retained groups cannot be dealt into 3"):
         reference_parts(items[:6], 3)
+    with pytest.raises(ValueError, match="one to teach and one to judge; got 1"):
+        reference_parts(items, 1)
 
 
 def test_the_expected_score_of_an_unseen_case():
