@@ -322,6 +322,104 @@ class DriftCap:
         limit_drift(self.network, self.cap)
 
 
+class MaskedUpdate:
+    """Let only masked weights move freely: the others make a share of each step, whatever the optimizer does.
+
+    With ``outside`` 0 they stay as they are bit for bit, weight decay and momentum included (SalUn, arXiv 2310.12508);
+    with .1 it is the second half of masked small gradients.
+
+    Args:
+        network: that trains.
+        mask: booleans by the name of the parameter; a parameter without one is outside.
+        outside: the share, in [0, 1].
+
+    Raises:
+        ValueError: when the share lies outside of [0, 1] or the mask names a parameter that the network lacks.
+    """
+
+    def __init__(self, network: nn.Module, mask: Mapping[str, Tensor], outside: float = 0.0) -> None:
+        if not 0 <= outside <= 1:
+            raise ValueError(f"outside must lie in [0, 1], got {outside}.")
+        self.parameters = dict(network.named_parameters())
+        unknown = sorted(set(mask) - set(self.parameters))
+        if unknown:
+            raise ValueError(f"the mask names parameters that the network lacks: {', '.join(unknown[:3])}.")
+        self.mask, self.outside = dict(mask), outside
+        self.before: dict[str, Tensor] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self._remember)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _remember(self, engine: Engine) -> None:
+        self.before = {name: value.detach().clone() for name, value in self.parameters.items() if value.requires_grad}
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        for name, before in self.before.items():
+            value = self.parameters[name]
+            kept = before + self.outside * (value - before) if self.outside else before
+            mask = self.mask.get(name)
+            value.copy_(kept if mask is None else torch.where(mask.to(value.device), value, kept))
+
+
+class SparsityPenalty:
+    """Add γ‖θ‖₁ to the loss, γ falling linearly to 0 over the run: sparse models forget better.
+
+    Jia et al., arXiv 2304.04934, equation 3 with its linearly decreasing γ. The gradient γ·sign θ is added after the
+    backward pass.
+
+    Args:
+        network: whose trainable weights are penalised.
+        weight: γ at the start, not negative.
+
+    Raises:
+        ValueError: when γ is negative.
+    """
+
+    def __init__(self, network: nn.Module, weight: float) -> None:
+        if weight < 0:
+            raise ValueError(f"the weight of the penalty must not be negative, got {weight}.")
+        self.network, self.weight = network, weight
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a MONAI trainer."""
+        from monai.engines import IterationEvents
+
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        total = (engine.state.epoch_length or 1) * (engine.state.max_epochs or 1)
+        trainer: Any = engine
+        scale = trainer.scaler.get_scale() if trainer.amp else 1.0  # gradients are those of the scaled loss then
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.add_(
+                    parameter.sign(), alpha=scale * self.weight * (1 - (engine.state.iteration - 1) / total)
+                )
+
+
+class ForgetUntil:
+    """Drop the forget term after some epochs: SCRUB's max-steps (arXiv 2302.09880), which end before its min-steps do.
+
+    Args:
+        loss: whose ``forget_weight`` becomes 0.
+        epochs: with the forget term.
+    """
+
+    def __init__(self, loss: UnlearningLoss, epochs: int) -> None:
+        self.loss, self.epochs, self.full_weight = loss, epochs, loss.forget_weight
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.loss.forget_weight = self.full_weight if engine.state.epoch <= self.epochs else 0.0
+
+
 class ResumeEachEpoch:
     """Write a phase's state when an epoch ends, and continue from it when training starts; the epoch is the unit.
 

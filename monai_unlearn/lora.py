@@ -285,14 +285,18 @@ def shrink(original: nn.Module, fresh: nn.Module, keep: float) -> nn.Module:
     return student.requires_grad_(True)
 
 
-def make_restorable(unlearned: nn.Module, scope: str = "head") -> nn.Module:
-    """A copy of an unlearned network in which only the head trains: Erase to Retain's gentle restoration (2511.16574).
+def make_restorable(unlearned: nn.Module, scope: str = "head", fresh: nn.Module | None = None) -> nn.Module:
+    """A copy of a network in which only a part trains: Erase to Retain's gentle restoration of the head (2511.16574).
 
-    Adapters, where there are any, are merged and frozen with the rest; normalisation keeps its statistics.
+    Adapters, where there are any, are merged and frozen with the rest; normalisation keeps its statistics. Of an
+    original with its last layers as the part it is the start of CF-k, with ``fresh`` that of EU-k (Goel et al., arXiv
+    2201.06640).
 
     Args:
         unlearned: left as it is.
         scope: ``head``, ``decoder`` or a regular expression over module names: what may train, weights and biases.
+        fresh: the same network as it is initialised: the part starts from its weights, and its normalisation learns
+            its statistics anew.
 
     Raises:
         ValueError: when the scope matches nothing that trains, or ``head`` is asked of an unknown architecture.
@@ -304,6 +308,12 @@ def make_restorable(unlearned: nn.Module, scope: str = "head") -> nn.Module:
         parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(f"scope {scope!r} matches nothing in {type(network).__name__} that could be restored.")
+    if fresh is not None:
+        new = dict(fresh.named_modules())
+        for name, part in network.named_modules():
+            if name and pattern.fullmatch(name):
+                part.load_state_dict(new[name].state_dict())
+                unfreeze_norm(part)
     return network
 
 

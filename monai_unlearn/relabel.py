@@ -14,10 +14,11 @@ import hmac
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .checkpoint import CheckpointError, read_safetensors, weights_digest, write_safetensors, write_volume
 from .request import item_id, pseudonym
@@ -156,6 +157,72 @@ class without_class:
         return logits.softmax(1).to(label)
 
 
+class Calibration(NamedTuple):
+    """A map of logits, z ↦ scale·z + bias: what a short or small training got wrong about its own certainty.
+
+    Attributes:
+        scale: one positive number for all channels.
+        bias: one for each channel, ``(C,)``.
+    """
+
+    scale: float
+    bias: Tensor
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits ``(B, C, *spatial)`` or ``(B, C)``, mapped."""
+        return self.scale * logits + self.bias.to(logits).reshape(1, -1, *[1] * (logits.ndim - 2))
+
+
+def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calibration:
+    """The map of one model's logits that brings its probabilities closest (cross-entropy) to another model's.
+
+    A reference that was trained briefly, on a part of the data, is less certain than a fully trained model would be,
+    and leans to other classes. Fitted on cases that neither model was trained on, towards the original, the map takes
+    that out and leaves what the reference knows: temperature scaling with a bias (Guo et al., arXiv 1706.04599, matched
+    to a model instead of to labels). The problem is convex; voxels beyond ``most`` are left out at even steps.
+
+    Args:
+        logits: of the reference, ``(B, C, *spatial)`` or ``(B, C)``.
+        towards: of the original, the same shape.
+        most: voxels used.
+
+    Raises:
+        ValueError: when the shapes differ, or the two contradict each other (the scale would not be positive).
+
+    Example:
+        >>> z = torch.linspace(-3, 3, 50).reshape(50, 1)
+        >>> map = fit_calibration(z, 2 * z - 1)
+        >>> round(map.scale, 2), round(map.bias.item(), 2)
+        (2.0, -1.0)
+    """
+    if logits.shape != towards.shape:
+        raise ValueError(f"the two models differ in shape: {tuple(logits.shape)} and {tuple(towards.shape)}.")
+    channels = logits.shape[1]
+    z, target = (one.movedim(1, -1).reshape(-1, channels) for one in (logits, probabilities(towards)))
+    step = -(-len(z) // most)
+    z, target = z[::step].double(), target[::step].double()
+    scale = torch.ones((), dtype=torch.double, device=z.device, requires_grad=True)
+    bias = torch.zeros(channels, dtype=torch.double, device=z.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        mapped = scale * z + bias
+        if channels == 1:
+            value = nn.functional.binary_cross_entropy_with_logits(mapped, target)
+        else:
+            value = -(target * mapped.log_softmax(1)).sum(1).mean()
+        value = value + 1e-6 * (bias**2).sum()  # a class that neither names has no bias of its own
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    if not scale > 0:
+        raise ValueError("the reference contradicts the original on cases that neither was trained on; train it longer.")
+    return Calibration(float(scale), bias.detach().float())
+
+
 class to_reference:
     """What models that never saw the sample say about it: the mean of their probabilities.
 
@@ -163,9 +230,15 @@ class to_reference:
         references: frozen networks that give logits ``(B, C, *spatial)`` or ``(B, C)``; used in eval mode.
         temperature: divides the logits; above 1 softens.
         inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
+        original: the network that is to forget; with ``unseen`` each reference is calibrated towards it, see
+            :func:`fit_calibration`.
+        unseen: cases of which neither the original nor a reference has seen any, with an item ``image``; no label of
+            theirs is read.
+        limit: so many of the unseen cases, at even steps.
 
     Raises:
-        ValueError: without a reference, or with a temperature that is not positive.
+        ValueError: without a reference, with a temperature that is not positive, or with one of ``original`` and
+            ``unseen`` only.
     """
 
     def __init__(
@@ -173,20 +246,53 @@ class to_reference:
         references: nn.Module | Sequence[nn.Module],
         temperature: float = 1.0,
         inferer: Callable[[Tensor, nn.Module], Tensor] | None = None,
+        original: nn.Module | None = None,
+        unseen: Dataset | None = None,
+        limit: int = 64,
     ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
             raise ValueError("to_reference needs at least one reference network.")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        self.temperature, self.inferer = temperature, inferer
+        if (original is None) != (unseen is None):
+            raise ValueError("to calibrate, to_reference needs both: the original and cases unseen by all.")
+        self.temperature, self.inferer, self.passes = temperature, inferer, 0
+        self.calibrations: list[Calibration] = []
         for reference in self.references:
             reference.eval().requires_grad_(False)
+        if original is not None and unseen is not None:
+            self.calibrations = self._calibrate(original.eval(), unseen, limit)
+
+    @torch.no_grad()
+    def _calibrate(self, original: nn.Module, unseen: Any, limit: int) -> list[Calibration]:
+        if not len(unseen):
+            raise ValueError("to_reference cannot calibrate: there are no cases that neither model has seen.")
+        device = next(original.parameters()).device
+        models, said = [original, *self.references], []
+        for index in range(0, len(unseen), -(-len(unseen) // limit)):
+            image = torch.as_tensor(unseen[index]["image"])[None].to(device)
+            logits = torch.cat([self._logits(image, one) for one in models])
+            voxels = logits.reshape(*logits.shape[:2], -1)
+            said.append(voxels[..., :: -(-voxels.shape[2] // 2**14)].cpu())  # so that large volumes fit into memory
+        self.passes += len(models) * len(said)
+        of_original, *others = torch.cat(said, -1).split(1)
+        return [fit_calibration(one, of_original) for one in others]
+
+    def _logits(self, image: Tensor, network: nn.Module) -> Tensor:
+        return network(image) if self.inferer is None else self.inferer(image, network)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
-        outputs = [one(image) if self.inferer is None else self.inferer(image, one) for one in self.references]
+        outputs = [self._logits(image, one) for one in self.references]
+        self.passes += len(image) * len(outputs)
+        outputs = [calibration(one) for calibration, one in zip(self.calibrations, outputs)] or outputs
         return torch.stack([probabilities(one / self.temperature) for one in outputs]).mean(0).to(label)
+
+    def report(self) -> dict[str, Any]:
+        """Forward passes of one sample so far, and the calibrations."""
+        calibrations = [{"scale": one.scale, "bias": one.bias.tolist()} for one in self.calibrations]
+        return {"passes": self.passes} | ({"calibration": calibrations} if calibrations else {})
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -342,6 +342,21 @@ def test_restoration_merges_adapters_and_refuses_what_it_cannot_train():
         make_restorable(network, "nothing_like_it")
 
 
+def test_a_part_can_start_anew_while_the_rest_stays():
+    network, fresh = small_unet(), small_unet(seed=5)
+    network.train()(torch.rand(4, 3, 16, 16))  # statistics that are not the initial ones
+    student = make_restorable(network, "decoder", fresh)
+    part = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert part and len(part) < len(list(student.parameters()))
+    for name, value in student.state_dict().items():
+        own = any(name.rpartition(".")[0] == other.rpartition(".")[0] for other in part)
+        equal(value, (fresh if own else network).state_dict()[name])
+    before = state(student)
+    student.train()(torch.rand(4, 3, 16, 16))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(any(name.rpartition(".")[0] == other.rpartition(".")[0] for other in part) for name in moved)
+
+
 def test_masked_logits_change_one_bias_and_nothing_else():
     network = DenseNet121(spatial_dims=2, in_channels=3, out_channels=4).eval()
     masked = mask_logits(network, [2])

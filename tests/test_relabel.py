@@ -7,6 +7,7 @@ from torch import nn
 from monai_unlearn.checkpoint import CheckpointError
 from monai_unlearn.relabel import (
     LabelStore,
+    fit_calibration,
     keep_label,
     probabilities,
     random_labels,
@@ -179,3 +180,51 @@ def test_kept_labels_that_changed_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="changed since it was written"):
         store.load(description, items)
+
+
+@pytest.mark.parametrize("shape", [(60, 1), (40, 4), (6, 1, 8, 8), (4, 3, 5, 5, 5)])
+def test_calibration_finds_the_map_between_two_models(shape):
+    logits = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    bias = torch.linspace(-1, 1, shape[1]) - (0.5 if shape[1] == 1 else 0)
+    shift = bias.reshape(1, -1, *[1] * (len(shape) - 2))
+    found = fit_calibration(logits, 1.7 * logits + shift)
+    assert found.scale == pytest.approx(1.7, abs=1e-3)
+    torch.testing.assert_close(probabilities(found(logits)), probabilities(1.7 * logits + shift), atol=1e-3, rtol=0)
+    same = fit_calibration(logits, logits)
+    assert same.scale == pytest.approx(1, abs=1e-3) and same.bias.abs().max() < 1e-3
+
+
+def test_calibration_refuses_models_that_contradict_each_other():
+    logits = torch.linspace(-2, 2, 30).reshape(30, 1)
+    with pytest.raises(ValueError, match="contradicts the original"):
+        fit_calibration(logits, -logits)
+    with pytest.raises(ValueError, match="differ in shape"):
+        fit_calibration(logits, logits[:3])
+
+
+class Scaled(nn.Module):
+    """Says a multiple of the image's first channel, plus something."""
+
+    def __init__(self, scale, bias=0.0):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.tensor(scale)), bias
+
+    def forward(self, image):
+        return self.scale * image[:, :1] + self.bias
+
+
+def test_a_reference_is_calibrated_towards_the_original_on_unseen_cases_without_their_labels():
+    generator = torch.Generator().manual_seed(0)
+    unseen = [{"image": torch.randn(3, 4, 4, generator=generator)} for _ in range(10)]
+    image, label = torch.randn(2, 3, 4, 4, generator=generator), torch.zeros(2, 1, 4, 4)
+    original, short = Scaled(3.0), Scaled(1.0, bias=0.5)
+    relabel = to_reference(short, original=original, unseen=unseen, limit=5)
+    torch.testing.assert_close(relabel(image, label), original(image).sigmoid().detach(), atol=1e-3, rtol=0)
+    assert relabel.report()["passes"] == 2 * 5 + 2  # two models on every second unseen case, and the two samples
+    assert relabel.report()["calibration"][0]["scale"] == pytest.approx(3, abs=1e-2)
+    torch.testing.assert_close(to_reference(short)(image, label), short(image).sigmoid().detach())
+    assert "calibration" not in to_reference(short).report()
+    with pytest.raises(ValueError, match="needs both"):
+        to_reference(short, original=original)
+    with pytest.raises(ValueError, match="there are no cases"):
+        to_reference(short, original=original, unseen=[])
