@@ -25,6 +25,7 @@ from .bundle import (
     resolved,
     unlearning_targets,
     variant,
+    weight_gradients,
 )
 from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
 from .compose import Rule, compose_networks, compose_state_dicts
@@ -56,9 +57,12 @@ from .datasets import (
 from .engines import PrepareUnlearning, run_phase
 from .handlers import (
     DriftCap,
+    ForgetUntil,
+    MaskedUpdate,
     PhaseProgress,
     ReseedEachEpoch,
     ResumeEachEpoch,
+    SparsityPenalty,
     StopAtReference,
     StopWhenNotFinite,
     TeacherGuard,
@@ -86,7 +90,9 @@ from .losses import (
 )
 from .preflight import finish, normalise_arguments, prepare, print_plan, record_request, site_key
 from .relabel import (
+    Calibration,
     LabelStore,
+    fit_calibration,
     keep_label,
     random_labels,
     to_background,
@@ -97,12 +103,14 @@ from .relabel import (
     without_class,
 )
 from .request import DeletionRequest, Resolution, make_request, manifest, published_split, read_request, resolve
+from .saliency import dampen, mean_gradient, reset_least_different, saliency_mask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundaryMargin",
     "BoundaryRelabel",
+    "Calibration",
     "CheckMaskd",
     "ContradictLoss",
     "DeletionRequest",
@@ -112,11 +120,13 @@ __all__ = [
     "DriftCap",
     "FieldOfViewd",
     "ForgetRetainSampler",
+    "ForgetUntil",
     "InputDomain",
     "KeepAffined",
     "LabelStore",
     "LegacyBoundary",
     "MarkForgetd",
+    "MaskedUpdate",
     "MaximumEntropyLoss",
     "MemoryDataset",
     "OneHotd",
@@ -127,6 +137,7 @@ __all__ = [
     "Resolution",
     "ResumeEachEpoch",
     "Rule",
+    "SparsityPenalty",
     "StopAtReference",
     "StopWhenNotFinite",
     "Target",
@@ -145,8 +156,10 @@ __all__ = [
     "compose_state_dicts",
     "composed",
     "content",
+    "dampen",
     "fingerprint",
     "finish",
+    "fit_calibration",
     "freeze_norm",
     "frozen",
     "given_reference",
@@ -167,6 +180,7 @@ __all__ = [
     "make_student",
     "manifest",
     "mask_logits",
+    "mean_gradient",
     "merge_lora",
     "normalise_arguments",
     "phase",
@@ -181,9 +195,11 @@ __all__ = [
     "read_weights",
     "record_request",
     "reference_parts",
+    "reset_least_different",
     "resolve",
     "resolved",
     "run_phase",
+    "saliency_mask",
     "save_adapter",
     "save_weights",
     "seeded",
@@ -196,6 +212,7 @@ __all__ = [
     "to_uniform",
     "unlearning_targets",
     "variant",
+    "weight_gradients",
     "weights_digest",
     "without_class",
     "write_report",

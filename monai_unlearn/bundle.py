@@ -30,14 +30,15 @@ from .audit import audit
 from .audit.reference import References, regression_reference
 from .audit.scores import Inferer, main_score, score_cases
 from .boundary import content_id
-from .checkpoint import CheckpointError, load_weights, save_weights
+from .checkpoint import CheckpointError, load_weights, read_safetensors, save_weights, weights_digest, write_safetensors
 from .compose import compose_networks
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
-from .engines import forward_flops, load_phase, run_phase
+from .engines import forward_flops, load_phase, run_phase, training_flops
 from .handlers import NotFiniteError
 from .relabel import LabelStore, Relabel
 from .request import Item, RequestError, Resolution, item_id
+from .saliency import Weights, mean_gradient
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -304,6 +305,54 @@ def composed(
         raise RequestError(f"the models cannot be composed like this: {error}") from error
     save_weights(network, path)
     return {"path": str(path), "given": True}
+
+
+@plain_errors
+def weight_gradients(
+    original: nn.Module,
+    parts: Mapping[str, Sequence[Item]],
+    transform: Callable[[Any], Any],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    squared: bool = False,
+    store: dict[Any, Any] | None = None,
+    device: str | torch.device = "cpu",
+    stored: str | Path | None = None,
+) -> dict[str, Any]:
+    """The phase that finds which weights matter to which samples, see :func:`monai_unlearn.mean_gradient`.
+
+    Args:
+        original: the frozen original.
+        parts: items by name, such as ``forget`` and ``data``.
+        transform: deterministic preprocessing.
+        loss: of logits and label.
+        squared: the mean squared gradient, in place of the gradient of the mean.
+        store: of decoded items, shared with the run.
+        device: where to compute.
+        stored: a file with the importance to ``data``: read where it exists, so that the training data are not needed
+            any more, else written.
+
+    Returns:
+        The importance to each part under its name, and what it cost: ``seconds``, ``flops``, ``images``.
+
+    Raises:
+        CheckpointError: when the stored importance is not that of this network.
+    """
+    start, passes, flops = time.perf_counter(), 0, 0
+    found: dict[str, Weights] = {}
+    digest = weights_digest(original.state_dict())
+    for name, items in parts.items():
+        if name == "data" and stored is not None and Path(stored).is_file():
+            found[name], metadata = read_safetensors(stored)
+            if metadata.get("network") != digest:
+                raise CheckpointError(f"{stored} holds the importance to another network; remove it and run again.")
+            continue
+        dataset = MemoryDataset(items, transform, store)
+        found[name] = mean_gradient(original, dataset, loss, squared, device=device)
+        passes += len(dataset)
+        flops = training_flops(copy.deepcopy(original).requires_grad_(True), dataset[0]["image"].to(device))
+        if name == "data" and stored is not None:
+            write_safetensors(found[name], stored, {"network": digest}, mode=0o600)
+    return {**found, "seconds": time.perf_counter() - start, "flops": passes * flops, "images": passes}
 
 
 @plain_errors

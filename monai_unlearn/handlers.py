@@ -163,9 +163,10 @@ class TeacherGuard:
 class StopAtReference:
     """Forget no further than a model that never saw the samples would score, and keep the epoch that comes closest.
 
-    When an epoch ends the evaluator scores the forget set (and a sample of the retain set). Above the reference the
-    forget term pulls with its full weight; over the last ``softness`` above the reference the weight falls to 0 in
-    proportion, so that training settles at the reference instead of running through it. At the end the network gets
+    When an epoch ends the evaluator scores the forget set (and a sample of the retain set). With a ``softness`` the
+    forget term pulls with its full weight above the reference; over the last ``softness`` above it the weight falls to
+    0 in proportion, so that training towards a target that is wrong by far settles at the reference instead of running
+    through it. At the end the network gets
     the weights of the epoch with the smallest distance, among the epochs whose retain score is within budget; of
     distances in the same step of ``resolution`` the one with the best retain score counts as smallest.
 
@@ -180,7 +181,8 @@ class StopAtReference:
         forget_metric: key of the score on the forget set.
         retain_metric: key of the score on retained samples; None sets no budget.
         retain_budget: how far the retain score may fall below its value before training.
-        softness: width above the reference over which the pull fades.
+        softness: width above the reference over which the pull fades; None leaves the weight as it is, for targets
+            that are themselves what a model says that never saw the samples.
         resolution: distances to the reference that differ by less are noise.
         tolerance: a best epoch further below the reference than this is reported as overshoot.
 
@@ -197,13 +199,13 @@ class StopAtReference:
         forget_metric: str = "forget",
         retain_metric: str | None = "retain",
         retain_budget: float = 0.05,
-        softness: float = 0.05,
+        softness: float | None = 0.05,
         resolution: float = 0.01,
         tolerance: float = 0.02,
     ) -> None:
         if reference is not None and not np.isfinite(reference):
             raise ValueError(f"the reference must be a finite number, got {reference}.")
-        if min(retain_budget, softness, resolution, tolerance) <= 0:
+        if min(retain_budget, resolution, tolerance, 1.0 if softness is None else softness) <= 0:
             raise ValueError(
                 f"budget, softness, resolution and tolerance must be positive, got {retain_budget}, {softness}, "
                 f"{resolution}, {tolerance}."
@@ -240,7 +242,7 @@ class StopAtReference:
         if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0, 0.0)):
             self.best_epoch = epoch
             self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        if self.loss is not None:
+        if self.loss is not None and self.softness is not None:
             pull = (entry["forget"] - self.reference) / self.softness
             self.loss.forget_weight = self.full_weight * min(1.0, max(0.0, pull))
 

@@ -219,7 +219,7 @@ def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calib
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
     if not scale > 0:
-        raise ValueError("the reference contradicts the original on cases that neither was trained on; train it longer.")
+        raise ValueError("the reference contradicts the original on cases unseen by both; train it longer.")
     return Calibration(float(scale), bias.detach().float())
 
 

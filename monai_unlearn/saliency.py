@@ -26,7 +26,7 @@ def mean_gradient(
     batch_size: int = 16,
     device: str | torch.device = "cpu",
 ) -> Weights:
-    """∇ of the mean loss over a data set, or the mean over its samples of the squared ∇ (the diagonal of Fisher's matrix).
+    """∇ of the mean loss over a data set; squared, the mean over its samples of ∇², the diagonal of Fisher's matrix.
 
     Normalisation uses its running statistics, so the result depends neither on order nor on batches.
 
@@ -56,7 +56,7 @@ def mean_gradient(
         for name, value in probe.named_parameters():
             if value.grad is not None:
                 total[name] += value.grad.square() if squared else value.grad * len(image)
-    return {name: (value / number).detach().cpu() for name, value in total.items()}
+    return {name: (value / number).detach().cpu().contiguous() for name, value in total.items()}
 
 
 def saliency_mask(gradient: Mapping[str, Tensor], share: float = 0.5) -> Weights:
@@ -131,7 +131,7 @@ def dampen(
     """Selective synaptic dampening: where I_F > α·I_D, θ ← θ·min(λ·I_D / I_F, 1); no training follows.
 
     Foster et al., arXiv 2308.07707, equations 4 to 6. I_D may have been stored when the model was trained; the retained
-    data are not needed then.
+    data are not needed then. As D holds F, I_F is at most |D| / |F| times I_D: an α beyond that changes nothing.
 
     Args:
         network: the original; a copy is changed.
@@ -145,7 +145,7 @@ def dampen(
     """
     if alpha <= 0 or strength <= 0:
         raise ValueError(f"alpha and strength must be positive, got {alpha} and {strength}.")
-    student = copy.deepcopy(network)
+    student = copy.deepcopy(network).requires_grad_(True)
     with torch.no_grad():
         for name, value in student.named_parameters():
             mine, all_of_it = forget[name].to(value), data[name].to(value)

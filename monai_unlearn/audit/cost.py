@@ -34,8 +34,9 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
     """Seconds, floating-point operations and image passes by purpose; None where a step was not part of this run.
 
     ``unlearn`` is the sum of ``cache`` (teacher outputs), ``reference`` (training the teaching reference) and
-    ``train`` (strong phase and restoration). ``audit`` holds the scoring and the training of the judge. An image that
-    only goes forward counts a third. Of the probes for a suppressed class the seconds are counted and nothing else.
+    ``train`` (finding salient weights, strong phase and restoration). ``audit`` holds the scoring and the training of
+    the judge. An image that only goes forward counts a third. Of the probes for a suppressed class the seconds are
+    counted and nothing else.
     """
     units = ("seconds", "flops", "images")
 
@@ -47,7 +48,7 @@ def cost_table(phases: Mapping[str, Mapping[str, Any]], audit_cost: Mapping[str,
     parts: dict[str, Mapping[str, Any] | None] = {
         "cache": of("cache"),
         "reference": of("reference") or (dict.fromkeys(units, 0) if given else None),
-        "train": _sum([of("unlearn"), *([of("restore")] if "restore" in phases else [])], units),
+        "train": _sum([of("unlearn"), *(of(name) for name in ("salience", "restore") if name in phases)], units),
         "retrain": of("retrain"),
     }
     judge = of("judge") or dict.fromkeys(units, 0)

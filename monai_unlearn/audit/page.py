@@ -148,14 +148,14 @@ def _retrained(report: Mapping[str, Any]) -> list[str]:
     """How close case by case, beside what two retrained models of different seeds differ by."""
     if not report.get("agreement"):
         return []
-    rows = []
+    rows, splits = [], [name for name in ("forget", "retain", "holdout") if name in report["agreement"]["unlearned"]]
     for name, split_means in report["agreement"].items():
         js = report["js"][name]
-        rows.append([name, *(f"{_number(split_means.get(s))} · {_number(js.get(s))}" for s in ("forget", "holdout")),
+        rows.append([name, *(f"{_number(split_means[s])} · {_number(js[s])}" for s in splits),
                      _number((report["tug_of_war"] or {}).get(name))])  # fmt: skip
     target = "target: as retrained other" if "retrained_other" in report["agreement"] else f"{HIGHER} · {LOWER}"
-    head = ["beside the retrained model", _head("forget: agreement · divergence", target),
-            _head("holdout: agreement · divergence", target), _head("tug of war", f"{HIGHER} 1")]  # fmt: skip
+    head = ["beside the retrained model", *(_head(f"{name}: agreement · divergence", target) for name in splits),
+            _head("tug of war", f"{HIGHER} 1")]  # fmt: skip
     parts = ["<h2>How close to the retrained model, case by case</h2>", _table(head, rows)]
     found = report.get("equivalence")
     if found:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -134,11 +135,11 @@ class References:
 
 
 def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> list[list[Item]]:
-    """Disjoint parts of the retain set by whole groups: the first teaches, the second judges.
+    """The retain set in two, by whole groups: what the teaching reference is trained on, and what the judging one is.
 
     Args:
         retain: items with their ``group``.
-        parts: how many parts of about equal size.
+        parts: the judge's part is one of so many of about equal size, the teacher's are the others.
         seed: of the draw, independent of the items' order.
 
     Raises:
@@ -158,7 +159,8 @@ def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> li
     dealt: list[list[Item]] = [[] for _ in range(parts)]
     for name in order:
         min(dealt, key=len).extend(members[name])
-    return dealt
+    teacher, judge, *others = dealt
+    return [[*teacher, *itertools.chain.from_iterable(others)], judge]
 
 
 def expected_unseen(reference_forget: np.ndarray, original_unseen: np.ndarray, reference_unseen: np.ndarray) -> float:
