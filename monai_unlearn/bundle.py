@@ -13,7 +13,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import sys
 import time
@@ -234,6 +233,28 @@ audited = plain_errors(audit)
 
 
 @plain_errors
+def fold_networks(
+    factory: Callable[[], nn.Module], reference_models: Any, device: str | torch.device = "cpu"
+) -> dict[str, nn.Module]:
+    """Cross-validation models by the fold that each was not trained on, frozen.
+
+    Args:
+        factory: makes a plain network.
+        reference_models: files by fold, ``{"0": "fold0.pt", ...}``.
+        device: where to put them.
+
+    Raises:
+        RequestError: when the files do not come by fold.
+    """
+    if not isinstance(reference_models, Mapping) or not reference_models:
+        raise RequestError(
+            "fold models come by the fold each never saw: --reference_models \"{0: 'fold0.pt', 1: ...}\"."
+        )
+    return {str(fold): frozen(factory(), {"path": path, "given": True}).to(device)
+            for fold, path in reference_models.items()}  # fmt: skip
+
+
+@plain_errors
 def judges(
     factory: Callable[[], nn.Module],
     reference_models: Any,
@@ -255,8 +276,7 @@ def judges(
         RequestError: when a fold has no model, or a file does not fit.
     """
     if isinstance(reference_models, Mapping):
-        networks = {fold: frozen(factory(), {"path": path, "given": True}).to(device)
-                    for fold, path in reference_models.items()}  # fmt: skip
+        networks = fold_networks(factory, reference_models, device)
         return References.of_folds(networks, resolution.training, resolution.holdout)
     if reference_models:  # what of the retained cases they saw is not known
         retained = {item_id(item) for item in resolution.splits["retain"]}
@@ -362,7 +382,7 @@ def unlearning_targets(
     resolution: Resolution,
     transform: Callable[[Any], Any],
     store: dict[Any, Any] | None = None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | References | None = None,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
     inferer: Inferer | None = None,
@@ -379,7 +399,8 @@ def unlearning_targets(
         resolution: who is forgotten.
         transform: deterministic preprocessing.
         store: of decoded items, shared with the run.
-        reference: a frozen model that saw neither forget set nor holdout; it says where to stop.
+        reference: a frozen model that saw neither forget set nor holdout, or several of which each case is scored by
+            those that never saw it; they say where to stop.
         device: where to compute.
         batch_size: items at a time.
         inferer: such as MONAI's ``SlidingWindowInferer``; None calls the networks.
@@ -417,10 +438,13 @@ def unlearning_targets(
         values["forget_weight_map"] = {store_key(item): one for item, one in zip(forget.data, weights)}
         forwards += passes.get("passes", len(forget))
     if reference is not None:
-        on_forget, on_unseen = (score_cases(reference, one, device, batch_size, inferer) for one in (forget, unseen))
-        of_original = score_cases(original, unseen, device, batch_size, inferer)
-        stop_at = regression_reference(on_forget, on_unseen, of_original[main_score(of_original)])
-        forwards += len(forget) + 2 * len(unseen)
+        taught_by = References([reference]) if isinstance(reference, nn.Module) else reference
+        options: dict[str, Any] = {"device": device, "batch_size": batch_size, "inferer": inferer}
+        rows = taught_by.score({"forget": forget, "holdout": unseen}, **options)
+        of_original = score_cases(original, unseen, **options)
+        stop_at = regression_reference(rows["forget"], rows["holdout"], of_original[main_score(of_original)])
+        each = min(len(taught_by.never_saw(item)) for item in [*forget.data, *unseen.data])
+        forwards += each * (len(forget) + len(unseen)) + len(unseen)
     return {
         "values": values,
         "stop_value": stop_at,
@@ -448,13 +472,20 @@ def _relabelled(
         kept = label_store.load(description, forget.data)
         if kept is not None:
             return kept
-    labels: list[Tensor] = []
+    of = getattr(relabel, "of", lambda item: relabel)  # out-of-fold models differ from item to item
+    alike: dict[Any, list[int]] = {}
+    for index, sample in enumerate(samples):
+        key = (id(of(forget.data[index])), sample["image"].shape, sample["label"].shape)
+        alike.setdefault(key, []).append(index)
+    found: dict[int, Tensor] = {}
     size = getattr(relabel, "batch_size", batch_size)
-    for _, group in itertools.groupby(samples, lambda sample: (sample["image"].shape, sample["label"].shape)):
-        rows = list(group)
-        for first in range(0, len(rows), size):
-            image, label = (torch.stack([row[key] for row in rows[first : first + size]]) for key in ("image", "label"))
-            labels += relabel(image.to(device), label.to(device)).cpu()
+    for indices in alike.values():
+        for first in range(0, len(indices), size):
+            chosen = indices[first : first + size]
+            image, label = (torch.stack([samples[index][key] for index in chosen]) for key in ("image", "label"))
+            new = of(forget.data[chosen[0]])(image.to(device), label.to(device))
+            found.update(zip(chosen, new.cpu()))
+    labels = [found[index] for index in range(len(samples))]
     report = relabel.report() if hasattr(relabel, "report") else {}
     if description and label_store is not None:
         affines = [sample["affine"] for sample in samples if "affine" in sample]

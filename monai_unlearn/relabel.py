@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .checkpoint import CheckpointError, read_safetensors, weights_digest, write_safetensors, write_volume
-from .request import item_id, pseudonym
+from .request import RequestError, item_id, pseudonym
 
 Relabel = Callable[[Tensor, Tensor], Tensor]
+logger = logging.getLogger(__name__)
 
 
 def keep_label(image: Tensor, label: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class Calibration(NamedTuple):
     """A map of logits, z ↦ scale·z + bias: what a short or small training got wrong about its own certainty.
 
     Attributes:
-        scale: one positive number for all channels.
+        scale: one number for all channels, not negative.
         bias: one for each channel, ``(C,)``.
     """
 
@@ -187,7 +189,7 @@ def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calib
         most: voxels used.
 
     Raises:
-        ValueError: when the shapes differ, or the two contradict each other (the scale would not be positive).
+        ValueError: when the shapes differ.
 
     Example:
         >>> z = torch.linspace(-3, 3, 50).reshape(50, 1)
@@ -203,23 +205,29 @@ def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calib
     z, target = z[::step].double(), target[::step].double()
     scale = torch.ones((), dtype=torch.double, device=z.device, requires_grad=True)
     bias = torch.zeros(channels, dtype=torch.double, device=z.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        mapped = scale * z + bias
-        if channels == 1:
-            value = nn.functional.binary_cross_entropy_with_logits(mapped, target)
-        else:
-            value = -(target * mapped.log_softmax(1)).sum(1).mean()
-        value = value + 1e-6 * (bias**2).sum()  # a class that neither names has no bias of its own
-        value.backward()
-        return value
+    def fit(parameters: list[Tensor]) -> None:
+        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            mapped = scale * z + bias
+            if channels == 1:
+                value = nn.functional.binary_cross_entropy_with_logits(mapped, target)
+            else:
+                value = -(target * mapped.log_softmax(1)).sum(1).mean()
+            value = value + 1e-6 * (bias**2).sum()  # a class that neither names has no bias of its own
+            value.backward()
+            return value
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
-    if not scale > 0:
-        raise ValueError("the reference contradicts the original on cases unseen by both; train it longer.")
+        fit([scale, bias])
+        if scale <= 0:
+            logger.warning("the reference says nothing about cases unseen by it and the original; train it longer.")
+            scale = torch.zeros_like(scale)
+            fit([bias])
     return Calibration(float(scale), bias.detach().float())
 
 
@@ -293,6 +301,42 @@ class to_reference:
         """Forward passes of one sample so far, and the calibrations."""
         calibrations = [{"scale": one.scale, "bias": one.bias.tolist()} for one in self.calibrations]
         return {"passes": self.passes} | ({"calibration": calibrations} if calibrations else {})
+
+
+class to_out_of_fold:
+    """What each sample's own out-of-fold model says: the cross-validation model that was not trained on its fold.
+
+    These models exist already where cross-validation was done, were trained by the full recipe on most of the data, and
+    are not calibrated. They taught then, and cannot judge.
+
+    Args:
+        networks: by the fold that each was not trained on; frozen.
+        temperature: see :class:`to_reference`.
+        inferer: see :class:`to_reference`.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[Any, nn.Module],
+        temperature: float = 1.0,
+        inferer: Callable[[Tensor, nn.Module], Tensor] | None = None,
+    ) -> None:
+        self.folds = {str(fold): to_reference(one, temperature, inferer) for fold, one in networks.items()}
+
+    def of(self, item: Mapping[str, Any]) -> to_reference:
+        """The relabel for an item of its ``fold``.
+
+        Raises:
+            RequestError: when the item has no fold, or one that no model belongs to.
+        """
+        fold = str(item.get("fold", "unknown"))
+        if fold not in self.folds:
+            raise RequestError(f"no model was given that never saw fold {fold}, and a forget case lies in it.")
+        return self.folds[fold]
+
+    def report(self) -> dict[str, Any]:
+        """Forward passes of one sample so far."""
+        return {"passes": sum(one.passes for one in self.folds.values())}
 
 
 def probabilities(logits: Tensor) -> Tensor:

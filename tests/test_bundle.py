@@ -16,12 +16,13 @@ from toy import ITEMS, draw
 
 import monai_unlearn
 from monai_unlearn import BoundaryRelabel, LabelStore, PerturbedSignGradient
+from monai_unlearn.audit import References
 from monai_unlearn.bundle import Stop, bundle_root, fingerprint, plain_errors, running_parser, unlearning_targets
 from monai_unlearn.checkpoint import CheckpointError
 from monai_unlearn.datasets import DataError
 from monai_unlearn.handlers import NotFiniteError
 from monai_unlearn.preflight import _typed, finish, prepare, record_request, site_key
-from monai_unlearn.relabel import to_reference
+from monai_unlearn.relabel import to_out_of_fold, to_reference
 from monai_unlearn.request import DeletionRequest, RequestError, Resolution
 
 IMPORTS = ["$from monai_unlearn.preflight import arguments_checked", "$import monai_unlearn", "$import torch"]
@@ -232,6 +233,27 @@ def test_what_the_unlearning_needs_is_computed_once_and_costs_what_it_says():
     donors = {item["image"]: items[1] for item in forget}
     drawn = unlearning_targets(original, donors, resolution, draw)["values"]["forget_label"]
     assert all((label == draw(items[1])["label"]).all() for label in drawn.values())
+
+
+def test_each_sample_is_taught_by_its_own_out_of_fold_model_and_stops_where_these_say():
+    items = [{**item, "group": item["image"], "fold": index % 2} for index, item in enumerate(ITEMS)]
+    for item in items:
+        item["forget"] = True
+    holdout = [{"image": str(i), "label": "m", "group": str(i)} for i in range(50, 75)]
+    keep = {"image": "99", "label": "m", "group": "k", "fold": 0, "forget": False}
+    resolution = Resolution(DeletionRequest({"ids": ["a"]}), [*items, keep], holdout, [], {})
+    original, networks = small_unet(), {"0": small_unet(seed=1), "1": small_unet(seed=2)}
+    folds = References.of_folds(networks, resolution.training, holdout)
+    found = unlearning_targets(original, to_out_of_fold(networks), resolution, draw, reference=folds)
+    for item in items:
+        expected = networks[str(item["fold"])](draw(item)["image"][None])[0].sigmoid()
+        torch.testing.assert_close(found["values"]["forget_label"][item["image"], "m"], expected)
+    assert 0 <= found["stop_value"] <= 1
+    assert found["images"] == pytest.approx((1 + len(items) + len(items) + 2 * 25) / 3)
+    with pytest.raises(RequestError, match="never saw fold 1"):
+        unlearning_targets(original, to_out_of_fold({"0": networks["0"]}), resolution, draw)
+    with pytest.raises(RequestError, match="by the fold each never saw"):
+        monai_unlearn.fold_networks(small_unet, ["a.pt", "b.pt"])
 
 
 def test_a_search_is_made_once_for_a_network_and_its_data_and_counts_its_passes(tmp_path):

@@ -194,10 +194,11 @@ def test_calibration_finds_the_map_between_two_models(shape):
     assert same.scale == pytest.approx(1, abs=1e-3) and same.bias.abs().max() < 1e-3
 
 
-def test_calibration_refuses_models_that_contradict_each_other():
+def test_a_reference_that_says_nothing_gives_the_originals_mean_and_that_is_said(caplog):
     logits = torch.linspace(-2, 2, 30).reshape(30, 1)
-    with pytest.raises(ValueError, match="contradicts the original"):
-        fit_calibration(logits, -logits)
+    found = fit_calibration(logits, 1 - logits)
+    assert found.scale == 0 and "train it longer" in caplog.text
+    assert found.bias.sigmoid().item() == pytest.approx((1 - logits).sigmoid().mean().item(), abs=1e-3)
     with pytest.raises(ValueError, match="differ in shape"):
         fit_calibration(logits, logits[:3])
 

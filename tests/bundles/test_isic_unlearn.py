@@ -95,6 +95,24 @@ def test_fold_models_judge_each_case_that_they_never_saw(quick, tmp_path):
     jsonschema.validate(report, json.loads((HERE / "report_schema.json").read_text()))
 
 
+def test_fold_models_can_teach_and_somebody_else_judges_then(quick, tmp_path, capsys):
+    models = quick / "models"
+    files = {fold: str(models / f"{name}.pt") for fold, name in
+             enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
+    options = {"dataset_dir": str(quick / "phantom_quick"), "holdout_fold": 4, "with_retrained": 0, "folds_teach": 1,
+               "original_model": str(models / "original.pt"), "relearn_steps": 0,
+               "forget_ids": "PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027"}  # fmt: skip
+    start(tmp_path, reference_models=files, **options)
+    report = report_of(tmp_path)
+    assert {path.name for path in (tmp_path / "models").glob("*.pt")} == {"judge.pt", "unlearned.pt"}
+    assert report["cost"]["references_given"] and report["cost"]["reference_flops"] == 0
+    assert report["stop"]["reference"] is not None and "reference" not in report["scores"]
+    assert report["tier"] == 1 and report["references"] == 1
+    with pytest.raises(Stop):
+        start(tmp_path / "list", reference_models=[files[0], files[1]], **options)
+    assert "by the fold each never saw" in capsys.readouterr().err
+
+
 def test_without_references_the_audit_is_a_screen(quick, tmp_path):
     models = quick / "models"
     start(
