@@ -7,8 +7,8 @@
     python benchmarks/medunlearn.py                           # prints the tables of the rows there are
 
 Resumable: one CSV row per finished run. The runs of a seed and a request share original, references and two retrained
-models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited with
-a judge that taught nobody, without relearning. ``--quick`` runs three methods of one seed.
+models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
+with a judge that taught nobody, without relearning. ``--quick`` runs three methods of one seed.
 """
 
 from __future__ import annotations
