@@ -529,9 +529,12 @@ def test_a_model_with_adapters_that_come_off_is_suppressed_only():
 
 
 def test_the_strongest_attack_counts_too():
-    row = {"attack": "calibrated_band_loss", "auc": 0.8, "ci": [0.7, 0.9], "direction": "remembered"}
+    row = {"attack": "calibrated_band_loss", "auc": 0.8, "ci": [0.7, 0.9], "direction": "remembered", "resolution": 0.1}
     name, reasons = verdict(FORGOT, strongest=row)
     assert name == "FAIL" and "calibrated band loss, the strongest" in reasons[0]
+    handful = {**row, "auc": 0.0, "ci": [0.0, 0.0], "resolution": auc_resolution(2, 4)}  # two of two: chance does that
+    assert verdict(FORGOT, strongest=handful)[0] == "NOT REFUTED"
+    assert verdict(FORGOT, strongest={**handful, "resolution": auc_resolution(20, 40)})[0] == "FAIL"
 
 
 def test_a_revision_looks_at_unseen_cases_of_the_device():

@@ -192,7 +192,11 @@ def _forget_score(scores: Scores, groups: Groups, target: float, margin: float, 
 
 
 def _attacked(row: Mapping[str, Any], margin: float, kind: str) -> list[str]:
+    """Beyond the margin with the whole interval, and further than chance takes so few patients: an interval that draws
+    a handful of them anew can be a point."""
     if row["auc"] is None or (row["ci"][0] <= 0.5 + margin and row["ci"][1] >= 0.5 - margin):
+        return []
+    if abs(row["auc"] - 0.5) <= margin + row["resolution"]:
         return []
     return [
         f"an attack tells the forgotten from unseen patients: AUC {row['auc']:.3f} ({kind}) "
