@@ -201,9 +201,9 @@ def test_models_are_composed_and_audited_like_any_other(quick, tmp_path, capsys)
 
 
 def test_other_networks_are_trained_and_unlearned_by_the_same_recipe(tmp_path):
-    for name in ("flexible_unet", "segformer"):
+    for name, scope in (("flexible_unet", "all"), ("segformer", "decoder")):
         start("isic_unlearn", tmp_path / name, name, run_id="unlearn", original_epochs=1, reference_epochs=1,
-              unlearn_epochs=1, spatial_size=[64, 64])  # fmt: skip
+              unlearn_epochs=1, spatial_size=[64, 64], durability="standard", lora_scope=scope)  # fmt: skip
         record = json.loads((tmp_path / name / "models" / "unlearned.json").read_text())
         assert 0 < record["trainable_parameters"] < 0.2 * record["total_parameters"]
         assert record["drift"] and all(value >= 0 for value in record["drift"].values())
