@@ -408,7 +408,7 @@ def _compare(
         return {}
     options = {name: value for name, value in options.items() if name != "metrics"}
     found = {}
-    for split in (name for name in ("forget", "retain", "holdout") if len(datasets[name])):
+    for split in (name for name in ("forget", "retain", "holdout") if name in datasets):
         found[split] = compare_cases(chosen, "retrained", datasets[split], **options)
         meter.count(len(datasets[split]) * len(chosen))
     for split, inside in _parts_of_holdout(splits).items():
