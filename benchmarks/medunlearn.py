@@ -14,10 +14,11 @@ with a judge that taught nobody, without relearning. ``--quick`` runs three meth
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-from rows import ROOT, append, finished, markdown, run, share
+from rows import PARTS, ROOT, append, costs, finished, markdown, run, share
+
+from monai_unlearn import audit
 
 ROWS = Path(__file__).with_suffix(".csv")
 BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_unlearn"}
@@ -32,7 +33,6 @@ CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_t
 QUICK = ["default (hardened)", "identity", "fine_tune"]
 SPLITS = ("forget", "retain", "holdout")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
-PARTS = ("cache", "reference", "train")
 
 
 def row_of(report: dict, data: str, request: str, method: str, seed: int) -> dict:
@@ -49,9 +49,7 @@ def row_of(report: dict, data: str, request: str, method: str, seed: int) -> dic
         for measure in ("agreement", "js"):
             row |= {f"{model}_{split}_{measure}": report[measure].get(model, {}).get(split) for split in SPLITS}
     row["tug_of_war"] = report["tug_of_war"]["unlearned"]
-    for unit in ("seconds", "flops", "images"):
-        row |= {f"{part}_{unit}": report["cost"][f"{part}_{unit}"] for part in (*PARTS, "retrain")}
-    return row
+    return row | costs(report, ("seconds", "flops", "images"))
 
 
 def mean(rows: list[dict], value) -> str:
@@ -61,14 +59,9 @@ def mean(rows: list[dict], value) -> str:
     return f"{sum(values) / len(values):.3f}{spread}"
 
 
-def gap(row: dict, model: str = "unlearned") -> float:
-    """Average gap: the mean absolute difference to the retrained model over forget, retain and holdout scores."""
-    return sum(abs(float(row[f"{model}_{s}"]) - float(row[f"retrained_{s}"])) for s in SPLITS) / len(SPLITS)
-
-
-def tug_of_war(row: dict, model: str = "unlearned") -> float:
-    """Π (1 − |gap|) over the three splits."""
-    return math.prod(1 - abs(float(row[f"{model}_{s}"]) - float(row[f"retrained_{s}"])) for s in SPLITS)
+def gaps(row: dict, model: str) -> list[float]:
+    """Differences to the retrained model in forget, retain and holdout score."""
+    return [float(row[f"{model}_{split}"]) - float(row[f"retrained_{split}"]) for split in SPLITS]
 
 
 def table(rows: list[dict]) -> str:
@@ -84,7 +77,8 @@ def table(rows: list[dict]) -> str:
 
     def beside(chosen: list[dict], model: str) -> list[str]:
         fields = [f"{split}_{measure}" for split in ("forget", "retain") for measure in ("agreement", "js")]
-        return [mean(chosen, lambda row: gap(row, model)), mean(chosen, lambda row: tug_of_war(row, model)),
+        return [mean(chosen, lambda row: sum(map(abs, gaps(row, model))) / len(SPLITS)),
+                mean(chosen, lambda row: audit.tug_of_war(gaps(row, model))),
                 *(mean(chosen, lambda row, f=f: float(row[f"{model}_{f}"])) for f in fields)]  # fmt: skip
 
     lines.append(["retrained", *cells(first, "retrained"), *[""] * 6, "1", "1", str(len(first)), ""])
@@ -93,10 +87,10 @@ def table(rows: list[dict]) -> str:
     for name in METHODS:
         chosen = [row for row in rows if row["method"] == name]
         if chosen:
-            costs = [mean(chosen, lambda row, parts=parts: share(row, "flops", parts))
+            shares = [mean(chosen, lambda row, parts=parts: share(row, "flops", parts))
                      for parts in (PARTS, ("cache", "train"))]  # fmt: skip
             verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
-            lines.append([name, *cells(chosen, "unlearned"), *beside(chosen, "unlearned"), *costs,
+            lines.append([name, *cells(chosen, "unlearned"), *beside(chosen, "unlearned"), *shares,
                           str(len(chosen)), verdicts])  # fmt: skip
     return markdown(lines)
 
