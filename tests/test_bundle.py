@@ -256,6 +256,21 @@ def test_each_sample_is_taught_by_its_own_out_of_fold_model_and_stops_where_thes
         monai_unlearn.fold_networks(small_unet, ["a.pt", "b.pt"])
 
 
+def test_what_matters_to_the_training_data_is_stored_and_read_in_their_place(tmp_path):
+    items = [{**item, "forget": index < 2} for index, item in enumerate(ITEMS[:5])]
+    parts = {"forget": items[:2], "data": items}
+    network, file = small_unet().eval(), tmp_path / "salience.safetensors"
+    loss = nn.BCEWithLogitsLoss()
+    first = monai_unlearn.weight_gradients(network, parts, draw, loss, squared=True, stored=file)
+    assert first["images"] == 7 and stat.S_IMODE(file.stat().st_mode) == 0o600
+    again = monai_unlearn.weight_gradients(network, {**parts, "data": []}, draw, loss, squared=True, stored=file)
+    assert again["images"] == 2 and again["flops"] == pytest.approx(first["flops"] * 2 / 7)  # retained cases not needed
+    torch.testing.assert_close(again["data"], first["data"], rtol=0, atol=0)
+    torch.testing.assert_close(again["forget"], first["forget"], rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="another network"):
+        monai_unlearn.weight_gradients(small_unet(seed=9), parts, draw, loss, stored=file)
+
+
 def test_a_search_is_made_once_for_a_network_and_its_data_and_counts_its_passes(tmp_path):
     class Two(nn.Module):
         def __init__(self):
