@@ -135,10 +135,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
     parser.add_argument("--jobs", nargs="+", choices=[*JOBS, "sweep"], default=[*JOBS, "sweep"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", help="only these methods, or shares of the sweep")
     arguments = parser.parse_args()
 
-    def measured(job: str, method: str, seed: int) -> bool:
-        return (job, method, str(seed)) in {(row["job"], row["method"], row["seed"]) for row in finished(ROWS)}
+    def missing(job: str, method: str, seed: int) -> bool:
+        there = {(row["job"], row["method"], row["seed"]) for row in finished(ROWS)}
+        return method in (arguments.rows or [method]) and (job, method, str(seed)) not in there
 
     def given(seed: int) -> dict[str, object]:
         folder = arguments.output_dir / "original" / f"seed{seed}"
@@ -161,9 +163,9 @@ def main() -> None:
             for job in (one for one in arguments.jobs if one != "sweep"):
                 folder = arguments.output_dir / job / f"seed{seed}"
                 for method, overlays in {**OURS[job], **(CONTROLS if seed == 0 else {})}.items():
-                    if not measured(job, method, seed):
+                    if missing(job, method, seed):
                         append(ROWS, row_of(unlearn(folder, job, overlays, seed), job, method, seed))
-                if job == "site" and seed == 0 and not measured(job, COMPOSED, seed):
+                if job == "site" and seed == 0 and missing(job, COMPOSED, seed):
                     files = {}
                     for name, also in PARTS.items():
                         unlearn(folder / name, job, (), seed, also, with_retrained=0)
@@ -175,7 +177,7 @@ def main() -> None:
             ids = sorted(path.stem for path in (Path(arguments.dataset_dir) / "Train" / SWEPT).glob("*.jpg"))
             random.Random(0).shuffle(ids)
             for percent in SWEEP:
-                if not measured("sweep", str(percent), 0):
+                if missing("sweep", str(percent), 0):
                     folder = arguments.output_dir / "sweep" / str(percent)
                     chosen = ids[: max(1, round(len(ids) * percent / 100))]
                     options = given(0) | {"forget_ids": str(chosen), "job": "deletion"}

@@ -166,21 +166,21 @@ class StopAtReference:
     When an epoch ends the evaluator scores the forget set (and a sample of the retain set). With a ``softness`` the
     forget term pulls with its full weight above the reference; over the last ``softness`` above it the weight falls to
     0 in proportion, so that training towards a target that is wrong by far settles at the reference instead of running
-    through it. At the end the network gets
-    the weights of the epoch with the smallest distance, among the epochs whose retain score is within budget; of
-    distances in the same step of ``resolution`` the one with the best retain score counts as smallest.
+    through it. At the end the network gets the weights of the epoch with the smallest distance, among the epochs
+    whose retain score is within budget; of distances in the same step of ``resolution`` the one with the best retain
+    score counts as smallest. Where a later epoch puts the kept one out of budget, that epoch takes its place.
 
     Args:
         evaluator: anything with ``run()`` that leaves the scores in ``state.metrics``, higher is better: a MONAI
             evaluator, or :class:`monai_unlearn.audit.SplitEvaluator`. Its ``cases`` and ``case_flops()`` count towards
             the cost of the phase, where it has them.
         reference: the expected-unseen score (audit: q̂). None takes the score before training: a monitor that keeps
-            the epoch with the best retain score among those whose forget score has not rebounded.
+            the epoch with the best retain score among those whose forget score has not rebounded; it has no budget.
         network: the network that trains; the best weights are kept in host memory.
         loss: its ``forget_weight`` is the one that is turned down; None only watches and keeps the best epoch.
         forget_metric: key of the score on the forget set.
         retain_metric: key of the score on retained samples; None sets no budget.
-        retain_budget: how far the retain score may fall below its value before training.
+        retain_budget: how far the retain score may lie below the best of the run, its value before training included.
         softness: width above the reference over which the pull fades; None leaves the weight as it is, for targets
             that are themselves what a model says that never saw the samples.
         resolution: distances to the reference that differ by less are noise.
@@ -213,8 +213,8 @@ class StopAtReference:
         self.evaluator, self.network, self.loss = evaluator, network, loss
         self.reference = None if reference is None else float(reference)
         self.forget_metric, self.retain_metric = forget_metric, retain_metric
-        self.retain_budget, self.softness, self.resolution = retain_budget, softness, resolution
-        self.tolerance = tolerance
+        self.retain_budget = float("inf") if reference is None else retain_budget
+        self.softness, self.resolution, self.tolerance = softness, resolution, tolerance
         self.full_weight = loss.forget_weight if loss is not None else 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
@@ -239,7 +239,8 @@ class StopAtReference:
         self.history.append(entry)
         if self.reference is None:
             self.reference = entry["forget"]
-        if self._rank(entry) < min((self._rank(other) for other in self.history[:-1]), default=(2.0, 0.0, 0.0)):
+        kept = next((other for other in self.history if other["epoch"] == self.best_epoch), None)
+        if kept is None or self._rank(entry) < self._rank(kept):
             self.best_epoch = epoch
             self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         if self.loss is not None and self.softness is not None:
@@ -248,7 +249,7 @@ class StopAtReference:
 
     def _rank(self, entry: Mapping[str, float]) -> tuple[float, float, float]:
         """Smaller is better: within budget first, then the distance to the reference, then the retain score."""
-        floor = self.history[0].get("retain", 0.0) - self.retain_budget
+        floor = max(other.get("retain", 0.0) for other in self.history) - self.retain_budget
         steps = abs(entry["forget"] - (self.reference or 0.0)) // self.resolution
         return float(entry.get("retain", 1.0) < floor), steps, -entry.get("retain", 0.0)
 

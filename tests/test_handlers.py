@@ -91,6 +91,16 @@ def test_an_epoch_outside_the_retain_budget_is_kept_only_when_all_are():
     assert run_scripted([0.95, 0.71], [0.9, 0.1], retain_metric=None)[0] == 1
 
 
+def test_the_budget_goes_by_the_best_retain_score_of_the_run():
+    fresh_weights = [0.1, 0.3, 0.7, 0.96]  # a start that knows little says nothing of what can be kept
+    kept, report = run_scripted([0.2, 0.7, 0.69, 0.6], fresh_weights)
+    assert kept == 3 and report["retain_within_budget"] and report["overshoot"]
+
+
+def test_a_monitor_lets_no_gain_on_the_retain_set_outweigh_a_rebound():
+    assert run_scripted([0.7, 0.7, 0.9], [0.8, 0.82, 0.99], reference=None)[0] == 1
+
+
 def test_the_pull_fades_towards_the_reference_and_comes_back():
     loss = UnlearningLoss(forget=nn.MSELoss(), forget_weight=2.0)
     weights = []
