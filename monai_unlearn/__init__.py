@@ -57,6 +57,7 @@ from .datasets import (
 )
 from .engines import PrepareUnlearning, run_phase
 from .handlers import (
+    ClipGradients,
     DriftCap,
     ForgetUntil,
     MaskedUpdate,
@@ -114,6 +115,7 @@ __all__ = [
     "BoundaryRelabel",
     "Calibration",
     "CheckMaskd",
+    "ClipGradients",
     "ContradictLoss",
     "DeletionRequest",
     "DenseBoundaryRelabel",

@@ -404,6 +404,35 @@ class SparsityPenalty:
                 )
 
 
+class ClipGradients:
+    """Scale a step's gradients down to a norm of at most ``max_norm``, all weights taken together.
+
+    Args:
+        network: whose trainable weights are meant.
+        max_norm: positive.
+
+    Raises:
+        ValueError: when the norm is not positive.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float = 1.0) -> None:
+        if max_norm <= 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}.")
+        self.network, self.max_norm = network, max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a MONAI trainer."""
+        from monai.engines import IterationEvents
+
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        trainer: Any = engine
+        if trainer.amp:
+            trainer.scaler.unscale_(trainer.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
 class ForgetUntil:
     """Drop the forget term after some epochs: SCRUB's max-steps (arXiv 2302.09880), which end before its min-steps do.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import small_unet
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
 from torch import nn
 from toy import draw, plain_trainer, unlearning_trainer
 
@@ -15,6 +16,7 @@ from monai_unlearn.checkpoint import weights_digest
 from monai_unlearn.data import ForgetRetainSampler
 from monai_unlearn.engines import run_phase, training_flops
 from monai_unlearn.handlers import (
+    ClipGradients,
     DriftCap,
     NotFiniteError,
     PhaseProgress,
@@ -280,3 +282,29 @@ def test_random_transforms_are_seeded_by_the_epoch():
     loader = type("Loader", (list,), {"dataset": data})([0])
     engine.run(loader, max_epochs=2)
     assert len(set(data.seeds)) == 2
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_gradients_are_clipped_before_the_step_and_at_their_true_size(amp):
+    """Three gradients of norm 5, 1 and .5 (closed form: g / max(1, norm)), with and without a scaled loss."""
+    network, stepped = nn.Linear(2, 1, bias=False), []
+    optimizer = torch.optim.SGD(network.parameters(), 1.0)
+    wanted = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor([[0.3, -0.4]])]
+
+    def step(engine, batch):
+        optimizer.zero_grad()
+        engine.scaler.scale((network.weight * batch).sum()).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        stepped.append(network.weight.grad.clone())
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    engine.amp, engine.optimizer = amp, optimizer
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=amp)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.scaler.update() if amp else None)
+    ClipGradients(network).attach(engine)
+    engine.run(wanted, max_epochs=1)
+    expected = [wanted[0] / 5, wanted[1], wanted[2]]
+    torch.testing.assert_close(torch.stack(stepped), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="positive"):
+        ClipGradients(network, 0)
