@@ -21,8 +21,9 @@ from rows import PARTS, ROOT, append, costs, finished, markdown, run, share
 from monai_unlearn import audit
 
 ROWS = Path(__file__).with_suffix(".csv")
-BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_unlearn"}
-OURS = {"default (hardened)": ((), {}), "standard": ((), {"durability": "standard"})}
+BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_unlearn",
+           "hippocampus": "hippocampus_unlearn", "chase": "chase_unlearn"}  # fmt: skip
+OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
@@ -30,7 +31,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
                                         "cf_k", "eu_k")},
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
-QUICK = ["default (hardened)", "identity", "fine_tune"]
+QUICK = ["default", "identity", "fine_tune"]
 SPLITS = ("forget", "retain", "holdout")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
 
