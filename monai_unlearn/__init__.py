@@ -107,6 +107,7 @@ from .relabel import (
 )
 from .request import DeletionRequest, Resolution, make_request, manifest, published_split, read_request, resolve
 from .saliency import dampen, mean_gradient, reset_least_different, saliency_mask
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -216,6 +217,7 @@ __all__ = [
     "to_random_label",
     "to_reference",
     "to_uniform",
+    "tune",
     "unlearning_targets",
     "variant",
     "weight_gradients",

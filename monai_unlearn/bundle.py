@@ -127,9 +127,10 @@ def fingerprint(config_id: str, **overrides: Any) -> str:
 
 def _fingerprint(parser: ConfigParser, config_id: str, overrides: dict[str, Any]) -> str:
     seen: dict[str, Any] = {}
+    given = tuple(ReferenceResolver.normalize_id(key) for key in overrides)
 
     def visit(name: str) -> None:
-        if name in seen or name.split("::")[0] in EPHEMERAL or name.split("::")[0] in overrides:
+        if name in seen or name.split("::")[0] in EPHEMERAL or any(f"{name}::".startswith(f"{key}::") for key in given):
             return
         config = parser.get(name, None)
         if config is None and name not in parser:
@@ -177,19 +178,19 @@ def resolved(config_id: str) -> dict[str, Any]:
 
 
 def variant(config_id: str, **overrides: Any) -> Any:
-    """Build an item of the running configuration anew, with other values for some top-level keys.
+    """Build an item of the running configuration anew, with other values for some of its keys.
 
     The retrained model and the references are the original's recipe on other data; this is how they cannot differ in
     anything else.
 
     Args:
         config_id: such as ``train#trainer``.
-        overrides: Python objects for top-level keys; they are used as they are and never parsed.
+        overrides: Python objects by id, such as ``seed`` or ``phases#cache``; used as they are and never parsed.
     """
     parser = running_parser()
     for key in overrides:
         if key not in parser:
-            raise KeyError(f"the configuration has no top-level key {key!r} to override.")
+            raise KeyError(f"the configuration has no key {key!r} to override.")
     child = ConfigParser(copy.deepcopy(parser.get()), globals={"_overrides": overrides})
     for key in overrides:
         child[key] = f"$_overrides[{key!r}]"
@@ -434,17 +435,14 @@ def unlearning_targets(
         values["forget_label"] = {store_key(item): label for item, label in zip(forget.data, labels)}
         forwards += found.get("passes", len(forget))
     if weight is not None:
-        weights, passes = _relabelled(weight, original, forget, device, batch_size, None)
+        weights, weighing = _relabelled(weight, original, forget, device, batch_size, None)
         values["forget_weight_map"] = {store_key(item): one for item, one in zip(forget.data, weights)}
-        forwards += passes.get("passes", len(forget))
+        forwards += weighing.get("passes", len(forget))
     if reference is not None:
-        taught_by = References([reference]) if isinstance(reference, nn.Module) else reference
-        options: dict[str, Any] = {"device": device, "batch_size": batch_size, "inferer": inferer}
-        rows = taught_by.score({"forget": forget, "holdout": unseen}, **options)
-        of_original = score_cases(original, unseen, **options)
-        stop_at = regression_reference(rows["forget"], rows["holdout"], of_original[main_score(of_original)])
-        each = min(len(taught_by.never_saw(item)) for item in [*forget.data, *unseen.data])
-        forwards += each * (len(forget) + len(unseen)) + len(unseen)
+        stop_at, passes = expected_score(
+            original, reference, forget, unseen, device=device, batch_size=batch_size, inferer=inferer
+        )
+        forwards += passes
     return {
         "values": values,
         "stop_value": stop_at,
@@ -453,6 +451,31 @@ def unlearning_targets(
         "flops": forwards * forward_flops(original, forget[0]["image"].to(device), inferer),
         "images": forwards / 3,
     }
+
+
+def expected_score(
+    original: nn.Module,
+    reference: nn.Module | References,
+    forget: MemoryDataset,
+    unseen: MemoryDataset,
+    **options: Any,
+) -> tuple[float, int]:
+    """The IoU or accuracy to expect of the forget set had the original never seen it, and the forward passes it took.
+
+    Args:
+        original: frozen.
+        reference: a frozen model that saw neither data set, or several of which each case is scored by those that never
+            saw it.
+        forget: the forget set.
+        unseen: the holdout.
+        options: ``device``, ``batch_size`` and ``inferer`` of :func:`monai_unlearn.audit.scores.score_cases`.
+    """
+    taught_by = References([reference]) if isinstance(reference, nn.Module) else reference
+    rows = taught_by.score({"forget": forget, "holdout": unseen}, **options)
+    of_original = score_cases(original, unseen, **options)
+    expected = regression_reference(rows["forget"], rows["holdout"], of_original[main_score(of_original)])
+    each = min(len(taught_by.never_saw(item)) for item in [*forget.data, *unseen.data])
+    return expected, each * (len(forget) + len(unseen)) + len(unseen)
 
 
 def _relabelled(

@@ -212,6 +212,7 @@ def prepare(
     read: Reader = read_pair,
     duplicates: str | None = None,
     structures: Sequence[str] = (),
+    tuning_share: float = 0.0,
 ) -> Prepared:
     """Find the data (or draw the phantom), read every file once, and resolve the request.
 
@@ -242,6 +243,7 @@ def prepare(
         duplicates: for classification what becomes of pictures that stand there twice, see
             :func:`monai_unlearn.datasets.settle_duplicates`; None does not look.
         structures: see :func:`monai_unlearn.resolve`.
+        tuning_share: of the unseen groups, set apart for a search for settings and out of everything else.
 
     Raises:
         RequestError, DataError: with the file, key or id and the remedy. Within a bundle run they end it with exit
@@ -277,7 +279,7 @@ def prepare(
     training, holdout = inspected[: len(training)], inspected[len(training) :]
     if duplicates is not None:  # by their bytes too, now that they are known
         training, holdout = settle_duplicates(training, holdout, duplicates)
-    resolution = resolve(request, training, holdout, class_key, known, structures)
+    resolution = resolve(request, training, holdout, class_key, known, structures).set_apart(tuning_share, seed)
     retained = len({item["group"] for item in resolution.splits["retain"]})
     if 0 < retained < 3 and not reference_models:
         raise RequestError(

@@ -17,7 +17,7 @@ import operator
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -351,7 +351,8 @@ class Resolution:
         training: the training items in the data list's order, each with a boolean ``forget`` and its ``group``.
         holdout: the items never trained on; with a rule or class each has a boolean ``alike`` (it meets it).
         warnings: what a person should look at before going on.
-        facts: counts for the manifest: groups closed over, missing values, split groups.
+        facts: counts for the manifest: groups closed over, missing values, split groups, cases set apart.
+        tuning: unseen items set apart for a search for settings; in none of the splits.
     """
 
     request: DeletionRequest
@@ -359,6 +360,7 @@ class Resolution:
     holdout: list[Item]
     warnings: list[str]
     facts: dict[str, int]
+    tuning: list[Item] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, list[Item]]:
@@ -372,6 +374,30 @@ class Resolution:
             splits["holdout_alike"] = [item for item in self.holdout if item["alike"]]
             splits["holdout_other"] = [item for item in self.holdout if not item["alike"]]
         return splits
+
+    def set_apart(self, share: float, seed: int = 0) -> Resolution:
+        """The same with a share of the unseen groups out of the holdout, for a search for settings.
+
+        Args:
+            share: in [0, 1).
+            seed: of the draw.
+
+        Raises:
+            RequestError: when the share lies elsewhere, or one of both parts gets no case.
+        """
+        if not 0 <= share < 1:
+            raise RequestError(f"tuning_share must lie in [0, 1), got {share}.")
+        groups = sorted({str(item["group"]) for item in self.holdout})
+        number = round(share * len(groups))
+        if not share:
+            return self
+        if not 0 < number < len(groups):
+            raise RequestError(f"tuning_share {share} of {len(groups)} unseen groups leaves one of both parts empty.")
+        chosen = set(random.Random(seed).sample(groups, number))
+        apart = [item for item in self.holdout if str(item["group"]) in chosen]
+        holdout = [item for item in self.holdout if str(item["group"]) not in chosen]
+        facts = {**self.facts, "set_apart_for_tuning": len(apart)}
+        return replace(self, holdout=holdout, tuning=apart, facts=facts)
 
     @property
     def digest(self) -> str:

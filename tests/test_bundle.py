@@ -177,7 +177,24 @@ def test_a_variant_is_the_same_recipe_with_other_values(configs):
     assert (other["b"].in_features, own["b"].in_features) == (3, 8)
     with pytest.raises(RuntimeError) as caught:
         workflow(configs({**content, "run": ["$monai_unlearn.variant('section', rnk=3)"]})).run()
-    assert "no top-level key 'rnk'" in str(caught.value.__cause__)
+    assert "no key 'rnk'" in str(caught.value.__cause__)
+
+
+def test_a_variant_takes_what_was_computed_deep_inside_a_section_and_asks_for_it_no_more(configs):
+    content = {
+        "part": {"costly": "$[][0]", "cheap": "$1"},
+        "network": {"a": "@part#costly", "b": "@part#cheap"},
+        "run": [
+            "$monai_unlearn.variant('network', **{'part#costly': [2]})",
+            "$monai_unlearn.fingerprint('network', **{'part#costly': [2]})",
+        ],
+    }
+    found, digest = workflow(configs(content)).run()
+    assert found == {"a": [2], "b": 1}
+    changed = {**content, "part": {**content["part"], "costly": "$[][1]"}}
+    assert workflow(configs(changed)).run()[1] == digest  # what stood in its place does not count
+    changed = {**content, "part": {**content["part"], "cheap": "$3"}}
+    assert workflow(configs(changed)).run()[1] != digest
 
 
 def test_an_item_behind_an_if_is_resolved_only_when_needed(configs):

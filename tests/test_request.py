@@ -297,3 +297,17 @@ def test_the_content_hash_sees_a_changed_image_and_a_changed_side():
 def test_the_published_split_has_the_published_hash(number, prefix):
     chosen = ",".join(map(str, published_split(number)))
     assert hashlib.sha1(chosen.encode()).hexdigest().startswith(prefix)
+
+
+def test_cases_set_apart_for_tuning_are_whole_groups_and_in_no_split():
+    resolution = resolve(DeletionRequest({"ids": ["I2"]}), TRAIN, items(20, start=10))
+    assert resolution.set_apart(0) is resolution and resolution.tuning == []
+    found = resolution.set_apart(0.3, seed=1)
+    groups = [{item["group"] for item in part} for part in (found.tuning, found.holdout, resolution.holdout)]
+    assert len(groups[0]) == 3 and not groups[0] & groups[1] and groups[0] | groups[1] == groups[2]
+    assert not {item_id(item) for item in found.tuning} & {item_id(i) for part in found.splits.values() for i in part}
+    assert found.facts["set_apart_for_tuning"] == 6 and "set_apart_for_tuning" not in resolution.facts
+    assert resolution.set_apart(0.3, seed=1).tuning == found.tuning != resolution.set_apart(0.3, seed=2).tuning
+    for share in (-0.1, 1.0, 0.01, 0.99):
+        with pytest.raises(RequestError, match="tuning_share"):
+            resolution.set_apart(share)

@@ -17,11 +17,12 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from PIL import Image
 
-from monai_unlearn import merge_lora
-from monai_unlearn.audit.scores import hard_masks
+from monai_unlearn import merge_lora, tuning
+from monai_unlearn.audit.scores import hard_masks, score_cases
 from monai_unlearn.bundle import Stop
 from monai_unlearn.checkpoint import file_digest, read_weights, weights_digest
 from monai_unlearn.data import MemoryDataset
+from monai_unlearn.engines import run_phase
 from monai_unlearn.lora import WeightLora
 
 HERE = Path(__file__).parent
@@ -29,7 +30,8 @@ ROOT = HERE.parents[1]
 BUNDLE = ROOT / "bundles" / "isic_unlearn"
 CONFIGS = BUNDLE / "configs"
 TRAIN = str(CONFIGS / "train.json")
-RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit")
+FORGOTTEN = "PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027"
+RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit", "tune")
 
 
 def start(output_dir, *overlays, run_id="run", **arguments):
@@ -57,7 +59,7 @@ def report_of(folder):
 def quick(tmp_path_factory):
     """The folder of a finished quick run."""
     folder = tmp_path_factory.mktemp("quick") / "output"
-    start(folder, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    start(folder, forget_ids=FORGOTTEN)
     return folder
 
 
@@ -76,6 +78,49 @@ def test_the_run_leaves_the_files_that_others_build_on(quick):
     assert report_of(quick)["data"] == "phantom"
 
 
+def test_a_search_starts_from_the_present_settings_and_goes_on_where_it_was_stopped(quick, tmp_path, monkeypatch):
+    folder, apart = copy_of(quick, tmp_path), {"tuning_share": 0.4, "forget_ids": FORGOTTEN}
+    trained = []
+    monkeypatch.setattr(tuning, "run_phase", lambda *args: trained.append(1) or run_phase(*args))
+    start(folder, run_id="tune", tuning_trials=2, **apart)
+    first = json.loads((folder / "tuning.json").read_text())
+    assert len(trained) == len(first["trials"]) == 2
+    settings = [trial["settings"] for trial in first["trials"]]
+    assert settings[0] == {"learning_rate": 0.001, "forget_weight": 1.0, "unlearn_epochs": 3} != settings[1]
+    for trial in first["trials"]:
+        assert trial["objective"] == abs(trial["forget"] - first["expected"]) + trial["unseen_loss"]
+    assert first["best"] == min(first["trials"], key=lambda trial: trial["objective"])
+    assert not list((folder / "private" / "tuning" / "models").iterdir())  # half-forgotten models stay nowhere
+
+    start(folder, run_id="tune", tuning_trials=3, **apart)
+    second = json.loads((folder / "tuning.json").read_text())
+    assert len(trained) == 3 and second["trials"][:2] == first["trials"]
+
+    flow = start(folder, run_id="unlearn", **apart)  # a run with the same settings makes the same model
+    resolution = flow.parser.get_parsed_content("resolution")
+    assert not {item["image_id"] for item in resolution.tuning} & {item["image_id"] for item in resolution.holdout}
+    network = flow.parser.get_parsed_content("unlearned_network")
+    data = MemoryDataset(resolution.splits["forget"], flow.parser.get_parsed_content("train#preprocessing"))
+    assert score_cases(network, data)["iou"].mean() == pytest.approx(first["trials"][0]["forget"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--tuning_share 0.3"),
+        ({"tuning_share": 1}, r"in \[0, 1\)"),
+        ({"tuning_share": 0.01}, "leaves one of both parts empty"),
+        ({"tuning_share": 0.4, "tuning_trials": 0}, "at least 1"),
+        ({"tuning_share": 0.4, "tuning_space": {"rank_": [1, 2]}}, "no number 'rank_'"),
+        ({"tuning_share": 0.4, "tuning_space": {"learning_rate": [1, 0.1]}}, "learning_rate takes"),
+    ],
+)
+def test_a_search_that_could_not_be_honest_is_refused(options, message, quick, tmp_path, capsys):
+    with pytest.raises(Stop):
+        start(copy_of(quick, tmp_path), run_id="tune", forget_ids=FORGOTTEN, **options)
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_fold_models_judge_each_case_that_they_never_saw(quick, tmp_path):
     models = quick / "models"
     names = ("reference", "judge", "retrained", "unlearned")  # any four will do here
@@ -86,7 +131,7 @@ def test_fold_models_judge_each_case_that_they_never_saw(quick, tmp_path):
     start(
         tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, relearn_steps="false",
         original_model=str(models / "original.pt"), unlearned_model=str(tmp_path / "nearly.pt"), reference_models=files,
-        forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027", with_retrained=0,
+        forget_ids=FORGOTTEN, with_retrained=0,
     )  # fmt: skip
     report = report_of(tmp_path)
     assert report["tier"] == 1 and report["references"] == 4 and report["relearn"] is None
@@ -101,7 +146,7 @@ def test_fold_models_can_teach_and_somebody_else_judges_then(quick, tmp_path, ca
              enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
     options = {"dataset_dir": str(quick / "phantom_quick"), "holdout_fold": 4, "with_retrained": 0, "folds_teach": 1,
                "original_model": str(models / "original.pt"), "relearn_steps": 0,
-               "forget_ids": "PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027"}  # fmt: skip
+               "forget_ids": FORGOTTEN}  # fmt: skip
     start(tmp_path, reference_models=files, **options)
     report = report_of(tmp_path)
     assert {path.name for path in (tmp_path / "models").glob("*.pt")} == {"judge.pt", "unlearned.pt"}
@@ -118,7 +163,7 @@ def test_without_references_the_audit_is_a_screen(quick, tmp_path):
     start(
         tmp_path, run_id="audit", dataset_dir=str(quick / "phantom_quick"), holdout_fold=4, tier=0,
         original_model=str(models / "original.pt"), unlearned_model=str(models / "unlearned.pt"),
-        forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027", with_retrained=0,
+        forget_ids=FORGOTTEN, with_retrained=0,
     )  # fmt: skip
     report = report_of(tmp_path)
     assert report["tier"] == 0 and report["verdict"] in ("FAIL", "INCONCLUSIVE") and report["expected_unseen"] is None
@@ -187,7 +232,7 @@ def test_masks_come_back_in_the_photographs_own_geometry(quick, tmp_path):
 def test_running_again_trains_nothing_and_changes_nothing(quick, tmp_path):
     folder = copy_of(quick, tmp_path)
     before = {path.name: path.read_bytes() for path in (folder / "models").glob("*.*")}
-    start(folder, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    start(folder, forget_ids=FORGOTTEN)
     assert {path.name: path.read_bytes() for path in (folder / "models").glob("*.*")} == before
 
 
@@ -200,7 +245,7 @@ METHODS = {path.stem for path in (CONFIGS / "methods").glob("*.json")}
 @pytest.mark.parametrize("name", sorted(METHODS - NETWORKS))
 def test_every_method_runs(name, quick, tmp_path):
     folder = copy_of(quick, tmp_path)
-    start(folder, name, forget_ids="PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027")
+    start(folder, name, forget_ids=FORGOTTEN)
     report = report_of(folder)
     same = weights_digest(read_weights(folder / "models/unlearned.pt")) == weights_digest(
         read_weights(folder / "models/original.pt")
