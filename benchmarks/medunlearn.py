@@ -8,17 +8,25 @@
 
 Resumable: one CSV row per finished run. The runs of a seed and a request share original, references and two retrained
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
-with a judge that taught nobody, without relearning. ``--quick`` runs three methods of one seed.
+with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
+remembers most, see :func:`hardest`; it needs the random request's run. ``--quick`` runs three methods of one seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+import yaml
+from monai.bundle import ConfigWorkflow
 from rows import PARTS, ROOT, append, costs, finished, markdown, run, share
 
-from monai_unlearn import audit
+from monai_unlearn import MemoryDataset, audit
+from monai_unlearn.audit.scores import score_cases
+from monai_unlearn.request import item_id
 
 ROWS = Path(__file__).with_suffix(".csv")
 BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_unlearn",
@@ -34,6 +42,43 @@ CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_t
 QUICK = ["default", "identity", "fine_tune"]
 SPLITS = ("forget", "retain", "holdout")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
+
+
+def hardest(bundle: str, given: dict[str, object], folder: Path, request: Path, share: float = 0.1) -> None:
+    """Write the request for the patients that the original of a finished run remembers most.
+
+    What it remembers of a case is how much lower its loss is than that of the reference that never saw the case, each
+    loss taken against the same model's mean on unseen cases: one of the run's two references never saw a retained case,
+    neither saw a forgotten one. Patients are taken by their mean, the most remembered first, until a share of the
+    training cases is reached.
+    """
+    config = f"{ROOT}/bundles/{bundle}/configs/train.json"
+    flow = ConfigWorkflow(config, workflow_type="train", logging_file=False, output_dir=str(folder), **given)
+    flow.initialize()
+    get = flow.parser.get_parsed_content
+    resolution, (_, judged) = get("resolution"), get("reference_items")
+    names = ["original_network", "reference_network", "judge_network"]
+    losses = []
+    for network in map(get, names):
+        of = [score_cases(network, MemoryDataset(items, get("validate#preprocessing"), get("store")), get("device"),
+                          inferer=get("validate#inferer"))["loss"]
+              for items in (resolution.training, resolution.holdout)]  # fmt: skip
+        losses.append(of[0] - of[1].mean())
+    original, teacher, judge = losses
+    seen_by_judge = {item_id(item) for item in judged}
+    patients: dict[str, list[float]] = defaultdict(list)
+    members: dict[str, list[str]] = defaultdict(list)
+    for index, item in enumerate(resolution.training):
+        unseen = [teacher[index]] if item_id(item) in seen_by_judge else [judge[index]]
+        unseen += [teacher[index]] if item["forget"] else []
+        patients[item["group"]].append(float(np.mean(unseen) - original[index]))
+        members[item["group"]].append(item_id(item))
+    ids: list[str] = []
+    for group in sorted(patients, key=lambda one: (-np.mean(patients[one]), one)):
+        if len(ids) < share * len(resolution.training):
+            ids += members[group]
+    request.parent.mkdir(parents=True, exist_ok=True)
+    request.write_text(yaml.safe_dump({"id": "hardest", "job": "deletion", "selector": {"ids": sorted(ids)}}))
 
 
 def row_of(report: dict, data: str, request: str, method: str, seed: int) -> dict:
@@ -101,6 +146,7 @@ def main() -> None:
     parser.add_argument("--data", choices=BUNDLES)
     parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser.add_argument("--request", choices=("random", "hardest"), default="random")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=CORE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="three methods, seed 0")
@@ -110,14 +156,25 @@ def main() -> None:
         methods, seeds = (QUICK, [0]) if arguments.quick else (arguments.methods, arguments.seeds)
         for seed in seeds:
             for name in methods:
-                key = (arguments.data, "random", name, str(seed))
+                key = (arguments.data, arguments.request, name, str(seed))
                 if key in {(row["data"], row["request"], row["method"], row["seed"]) for row in finished(ROWS)}:
                     continue
                 overlays, options = METHODS[name]
-                folder = arguments.output_dir / arguments.data / f"seed{seed}"
-                given = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0, **options}
-                report = run(BUNDLES[arguments.data], overlays, arguments.dataset_dir, folder, **given)
-                append(ROWS, row_of(report, arguments.data, "random", name, seed))
+                bundle, folder = BUNDLES[arguments.data], arguments.output_dir / arguments.data / f"seed{seed}"
+                given: dict[str, object] = {"forget_fraction": 0.1, "seed": seed}
+                if arguments.request == "hardest":
+                    drawn, folder = folder, folder.with_name(f"hardest{seed}")
+                    request = folder.absolute() / "request.yaml"
+                    if not request.exists():
+                        data = {"dataset_dir": str(Path(arguments.dataset_dir).absolute())}
+                        hardest(bundle, {**given, **data}, drawn.absolute(), request)
+                        (folder / "models").mkdir(exist_ok=True)
+                        for file in ("original.pt", "original.json"):  # of the same training data: it is shared
+                            shutil.copy(drawn / "models" / file, folder / "models" / file)
+                    given = {"forget_request": request, "seed": seed}
+                given |= {"with_retrained": 2, "relearn_steps": 0, **options}
+                report = run(bundle, overlays, arguments.dataset_dir, folder, **given)
+                append(ROWS, row_of(report, arguments.data, arguments.request, name, seed))
     for data in BUNDLES:
         rows = [row for row in finished(ROWS) if row["data"] == data]
         for request in sorted({row["request"] for row in rows}):
