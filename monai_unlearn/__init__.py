@@ -56,6 +56,7 @@ from .datasets import (
     read_volume,
 )
 from .engines import PrepareUnlearning, run_phase
+from .exact import retrain_members
 from .handlers import (
     ClipGradients,
     DriftCap,
@@ -204,6 +205,7 @@ __all__ = [
     "reset_least_different",
     "resolve",
     "resolved",
+    "retrain_members",
     "run_phase",
     "saliency_mask",
     "save_adapter",

@@ -17,9 +17,9 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from PIL import Image
 
-from monai_unlearn import merge_lora, tuning
+from monai_unlearn import exact, merge_lora, tuning
 from monai_unlearn.audit.scores import hard_masks, score_cases
-from monai_unlearn.bundle import Stop
+from monai_unlearn.bundle import Stop, phase
 from monai_unlearn.checkpoint import file_digest, read_weights, weights_digest
 from monai_unlearn.data import MemoryDataset
 from monai_unlearn.engines import run_phase
@@ -31,7 +31,7 @@ BUNDLE = ROOT / "bundles" / "isic_unlearn"
 CONFIGS = BUNDLE / "configs"
 TRAIN = str(CONFIGS / "train.json")
 FORGOTTEN = "PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027"
-RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit", "tune")
+RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit", "tune", "exact")
 
 
 def start(output_dir, *overlays, run_id="run", **arguments):
@@ -156,6 +156,60 @@ def test_fold_models_can_teach_and_somebody_else_judges_then(quick, tmp_path, ca
     with pytest.raises(Stop):
         start(tmp_path / "list", reference_models=[files[0], files[1]], **options)
     assert "by the fold each never saw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained_on", ["fold", "others"])
+def test_of_an_ensemble_only_the_members_that_saw_the_forget_set_are_trained_anew(
+    trained_on, quick, tmp_path, monkeypatch
+):
+    models, trained = quick / "models", {}
+    files = {fold: str(models / f"{name}.pt") for fold, name in
+             enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
+    monkeypatch.setattr(
+        exact, "phase", lambda *args, **kwargs: trained.update({kwargs["phase"]: kwargs}) or phase(*args, **kwargs)
+    )
+    options = {"dataset_dir": str(quick / "phantom_quick"), "holdout_fold": 4, "forget_ids": FORGOTTEN.split(",")[0]}
+    for _ in range(2):  # the second time everything is there
+        flow = start(tmp_path, run_id="exact", ensemble_models=files, ensemble_trained_on=trained_on, **options)
+    training = flow.parser.get_parsed_content("resolution").training
+    holding = {str(item["fold"]) for item in training if item["forget"]}
+    assert len(holding) == 1
+    content = json.loads((tmp_path / "ensemble.json").read_text())
+    anew = holding if trained_on == "fold" else {str(fold) for fold in files} - holding
+    assert {row["fold"] for row in content["members"] if row["retrained"]} == anew
+    assert set(trained) == {f"ensemble_{fold}" for fold in anew} and content["retrained"] == len(anew)
+    seeds = {kwargs["network_seed"] for kwargs in trained.values()}
+    assert len(seeds) == len(anew)
+    for row in content["members"]:
+        mine = [item for item in training if (str(item["fold"]) == row["fold"]) == (trained_on == "fold")]
+        kept = {item["image_id"] for item in mine if not item["forget"]}
+        assert (row["cases"], row["forgotten"]) == (len(kept), len(mine) - len(kept))
+        file = tmp_path / "models" / "ensemble" / f"fold{row['fold']}.pt"
+        assert file_digest(file) == row["sha256"]
+        if row["retrained"]:
+            assert {item["image_id"] for item in trained[f"ensemble_{row['fold']}"]["train_items"]} == kept
+            assert file_digest(file) != file_digest(files[int(row["fold"])]) and row["flops"] > 0
+        else:
+            assert file_digest(file) == file_digest(files[int(row["fold"])]) and row["flops"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ensemble_models": None}, "an ensemble comes by fold"),
+        ({"ensemble_trained_on": "all"}, "--ensemble_trained_on takes"),
+        ({"ensemble_models": {0: "original"}}, "no member for fold 1, 2, 3"),
+    ],
+)
+def test_an_ensemble_that_does_not_fit_the_data_is_refused(options, message, quick, tmp_path, capsys):
+    given = {"dataset_dir": str(quick / "phantom_quick"), "holdout_fold": 4, "forget_ids": FORGOTTEN,
+             "ensemble_models": dict.fromkeys(range(4), "original"), **options}  # fmt: skip
+    if given["ensemble_models"]:
+        given["ensemble_models"] = {fold: str(quick / "models" / f"{name}.pt")
+                                    for fold, name in given["ensemble_models"].items()}  # fmt: skip
+    with pytest.raises(Stop):
+        start(tmp_path, run_id="exact", **given)
+    assert message in capsys.readouterr().err
 
 
 def test_without_references_the_audit_is_a_screen(quick, tmp_path):
