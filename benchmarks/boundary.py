@@ -156,8 +156,8 @@ def main() -> None:
         request = folder / "request.yaml"
         split = "on_split_group: include\n" if job != "class" else ""
         request.write_text(f"id: {job}\njob: {JOBS[job][0]}\nselector: {selector}\n{split}")
-        options = given(seed) | {"forget_request": request.absolute(), "with_retrained": 2, "relearn_steps": 0, **options}
-        return run(BUNDLE, (NETWORK, *overlays), arguments.dataset_dir, folder, **options)
+        always = {"forget_request": request.absolute(), "with_retrained": 2, "relearn_steps": 0}
+        return run(BUNDLE, (NETWORK, *overlays), arguments.dataset_dir, folder, **{**given(seed), **always, **options})
 
     if arguments.dataset_dir:
         for seed in arguments.seeds:
