@@ -57,8 +57,8 @@ def tune(
 
     Args:
         config_id: of the trainer, such as ``unlearn_phase#trainer``.
-        space: by key of the configuration its smallest and largest value, and how to draw: ``[1e-4, 1e-2, "log"]``,
-            ``[1, 6, "int"]`` or ``[0.5, 1.0]``.
+        space: by key of the configuration the smallest and the largest multiple of its present value, such as
+            ``[0.1, 10]``; multiples are drawn on a log scale, whole numbers stay whole and at least 1.
         resolution: who is forgotten, and who is set apart (``tuning``).
         transform: deterministic preprocessing.
         original: frozen.
@@ -96,9 +96,9 @@ def tune(
         for items in (resolution.splits["forget"], resolution.holdout, resolution.tuning)
     )
     start = {key: _present(key) for key in space}
-    ranges = {key: _distribution(key, bounds, start[key]) for key, bounds in space.items()}
     study = _study(seed)
-    study.enqueue_trial(start)
+    ranges = {key: _multiples(key, bounds) for key, bounds in space.items()}
+    study.enqueue_trial(dict.fromkeys(space, 1.0))
     expected, _ = expected_score(original, reference, forget, unseen, device=device, inferer=inferer)
     identity = [fingerprint(config_id), dict(space), start, seed, expected, resolution.digest, apart.digest()]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -106,7 +106,7 @@ def tune(
     finished, rows = _finished(path, key), []
     for number in range(trials):
         trial = study.ask(ranges)
-        settings = dict(trial.params)
+        settings = {name: _times(start[name], multiple) for name, multiple in trial.params.items()}
         if number < len(finished) and finished[number]["settings"] == settings:
             row = finished[number]
         else:
@@ -130,7 +130,7 @@ def tune(
             "expected": expected,
             "trials": rows,
             "best": best,
-            "options": " ".join(f"--{name} {value:.6g}" for name, value in best["settings"].items()),
+            "options": " ".join(f"--{name}={value!r}" for name, value in best["settings"].items()),
         }
         write_json(found, path)
         for file in (weights, weights.with_suffix(".json")):
@@ -156,17 +156,20 @@ def _study(seed: int) -> optuna.Study:
     return optuna.create_study(sampler=sampler, direction="minimize")
 
 
-def _distribution(key: str, bounds: Any, start: float) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import FloatDistribution, IntDistribution
+def _times(value: float, multiple: float) -> float:
+    return max(1, round(value * multiple)) if isinstance(value, int) else value * multiple
 
-    low, high, *how = bounds if isinstance(bounds, (list, tuple)) and len(bounds) in (2, 3) else (1, 0)
-    if low >= high or how not in ([], ["log"], ["int"]):
+
+def _multiples(key: str, bounds: Any) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import FloatDistribution
+
+    pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
+    if not pair or not all(isinstance(one, (int, float)) for one in bounds) or not 0 < bounds[0] <= 1 <= bounds[1]:
         raise RequestError(
-            f'tuning_space: {key} takes [smallest, largest], with "log" or "int" behind them where it is drawn so, got '
-            f"{bounds!r}."
+            f"tuning_space: {key} takes the smallest and the largest multiple of its present value, such as [0.5, 2], "
+            f"got {bounds!r}."
         )
-    low, high = min(low, start), max(high, start)  # the present setting is a trial too
-    return IntDistribution(low, high) if how == ["int"] else FloatDistribution(low, high, log=how == ["log"])
+    return FloatDistribution(bounds[0], bounds[1], log=True)
 
 
 def _finished(path: Path, key: str) -> list[dict[str, Any]]:

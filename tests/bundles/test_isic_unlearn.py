@@ -88,6 +88,9 @@ def test_a_search_starts_from_the_present_settings_and_goes_on_where_it_was_stop
     settings = [trial["settings"] for trial in first["trials"]]
     assert settings[0] == {"learning_rate": 0.001, "forget_weight": 1.0, "unlearn_epochs": 3} != settings[1]
     for trial in first["trials"]:
+        assert 0.0001 <= trial["settings"]["learning_rate"] <= 0.01 and trial["settings"]["unlearn_epochs"] in range(
+            1, 7
+        )
         assert trial["objective"] == abs(trial["forget"] - first["expected"]) + trial["unseen_loss"]
     assert first["best"] == min(first["trials"], key=lambda trial: trial["objective"])
     assert not list((folder / "private" / "tuning" / "models").iterdir())  # half-forgotten models stay nowhere
@@ -112,7 +115,7 @@ def test_a_search_starts_from_the_present_settings_and_goes_on_where_it_was_stop
         ({"tuning_share": 0.01}, "leaves one of both parts empty"),
         ({"tuning_share": 0.4, "tuning_trials": 0}, "at least 1"),
         ({"tuning_share": 0.4, "tuning_space": {"rank_": [1, 2]}}, "no number 'rank_'"),
-        ({"tuning_share": 0.4, "tuning_space": {"learning_rate": [1, 0.1]}}, "learning_rate takes"),
+        ({"tuning_share": 0.4, "tuning_space": {"learning_rate": [2, 10]}}, "learning_rate takes"),
     ],
 )
 def test_a_search_that_could_not_be_honest_is_refused(options, message, quick, tmp_path, capsys):
