@@ -423,7 +423,7 @@ def unlearning_targets(
     """
     start = time.perf_counter()
     sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
-    retain, forget, unseen = (sets[name] for name in ("retain", "forget", "holdout"))
+    retain, forget, unseen = (sets[name] for name in ("retain", "forget", resolution.unseen_other))
     taught = MemoryDataset([*retain.data, *forget.data], transform, store) if teacher_on_forget else retain
     values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)} if len(taught) else {}
     forwards, stop_at, found = len(taught), None, None
@@ -467,7 +467,7 @@ def expected_score(
         reference: a frozen model that saw neither data set, or several of which each case is scored by those that never
             saw it.
         forget: the forget set.
-        unseen: the holdout.
+        unseen: cases of a kind that both know (``Resolution.unseen_other``).
         options: ``device``, ``batch_size`` and ``inferer`` of :func:`monai_unlearn.audit.scores.score_cases`.
     """
     taught_by = References([reference]) if isinstance(reference, nn.Module) else reference

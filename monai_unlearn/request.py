@@ -31,6 +31,7 @@ JOBS = ("deletion", "suppression", "revision")
 SELECTORS = ("ids", "groups", "rule", "class", "fraction")
 GROUP_KEYS = ("patient_id", "group", "lesion_id")
 LIMITS = {"forget": 0.02, "utility": 0.02, "retain": 0.04, "membership": 0.05}
+ENOUGH_PATIENTS = 8  # of one kind among the unseen, to be compared with
 NEAR_DUPLICATE_BITS = 4  # of the 64 bits of the perceptual hash
 
 
@@ -374,6 +375,28 @@ class Resolution:
             splits["holdout_alike"] = [item for item in self.holdout if item["alike"]]
             splits["holdout_other"] = [item for item in self.holdout if not item["alike"]]
         return splits
+
+    @property
+    def unseen_alike(self) -> str:
+        """The split that the forget set is compared with by an attack: unseen cases of its kind.
+
+        ``holdout_alike`` where it has enough patients: a rule or a class sets the forget set apart from the rest of the
+        unseen cases whether or not a model has seen it.
+        """
+        return self._enough("holdout_alike")
+
+    @property
+    def unseen_other(self) -> str:
+        """The split on which a reference's lag behind the original is read off: unseen cases of a kind both know.
+
+        ``holdout_other`` where it has enough patients: of a device or class that is forgotten as a whole the original
+        knows more than a model can know that never saw it.
+        """
+        return self._enough("holdout_other")
+
+    def _enough(self, split: str) -> str:
+        groups = {str(item["group"]) for item in self.splits.get(split, ())}
+        return split if len(groups) >= ENOUGH_PATIENTS else "holdout"
 
     def set_apart(self, share: float, seed: int = 0) -> Resolution:
         """The same with a share of the unseen groups out of the holdout, for a search for settings.

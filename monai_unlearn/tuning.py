@@ -91,9 +91,10 @@ def tune(
         )
     if trials < 1:
         raise RequestError(f"tuning_trials must be at least 1, got {trials}.")
+    splits = resolution.splits
     forget, unseen, apart = (
         MemoryDataset(items, transform, store)
-        for items in (resolution.splits["forget"], resolution.holdout, resolution.tuning)
+        for items in (splits["forget"], splits[resolution.unseen_other], resolution.tuning)
     )
     start = {key: _present(key) for key in space}
     study = _study(seed)

@@ -553,6 +553,67 @@ def test_a_class_hidden_in_the_head_alone_is_found_by_the_probe(tmp_path):
     assert still["verdict"] == "FAIL" and "still found" in still["reasons"][0]
 
 
+def site_items(number, first, site):
+    return [{"image": str(first + n), "label": n % 3, "site": site} for n in range(number)]
+
+
+def seen_darker(item):
+    """Pictures of site s are darker, by an amount that differs from one to the next."""
+    sample = picture(item)
+    if item["site"] == "s":
+        sample["image"] = sample["image"] - 0.1 - 0.1 * float(sample["image"][0, 0, 0])
+    return sample
+
+
+class Remembers(Brightness):
+    """Brightens a picture that it has seen, and in part one whose kind it has seen."""
+
+    def __init__(self, seen, alike):
+        super().__init__()
+        self.seen, self.alike = seen, alike
+
+    def forward(self, x):
+        sums = [float(one.sum()) for one in x]
+        lift = [0.15 if s in self.seen else 0.08 if s in self.alike else 0.0 for s in sums]
+        return super().forward(x + torch.tensor(lift).reshape(-1, 1, 1, 1))
+
+
+Remembers.__name__ = "ResNet"
+
+
+def revision_of(alike=30):
+    """A site that a retrained model reads worse than the rest; the unlearned model is the retrained one."""
+    training = [*site_items(30, 0, "s"), *site_items(60, 100, "r")]
+    holdout = [*site_items(alike, 200, "s"), *site_items(60, 300, "r")]
+    request = DeletionRequest({"rule": "site == 's'"}, job="revision")
+    resolution = resolve(request, training, holdout)
+    sums = [{float(seen_darker(item)["image"].sum()) for item in part} for part in (training[:30], holdout[:alike])]
+    networks = {"original": Remembers(*sums), "unlearned": Brightness(), "retrained": Brightness()}
+    judge = Brightness()
+    with torch.no_grad():
+        judge.fc.weight *= 0.5  # as certain of the darker pictures as the others are, and less of the rest
+        judge.fc.bias *= 0.5
+    return audit(resolution, networks, judge, seen_darker, classes=KINDS)
+
+
+def test_a_site_is_compared_with_unseen_cases_of_the_site_and_its_references_with_the_others():
+    report = revision_of()
+    assert report["compared_with"] == {"attacks": "holdout_alike", "expected_unseen": "holdout_other"}
+    scores = {
+        model: {split: row["accuracy"] for split, row in rows.items()} for model, rows in report["scores"].items()
+    }
+    assert (
+        scores["original"]["forget"] == 1 and scores["original"]["holdout_alike"] > scores["retrained"]["holdout_alike"]
+    )
+    lag = scores["original"]["holdout_other"] - scores["judge"]["holdout_other"]
+    assert report["expected_unseen"] == pytest.approx(scores["judge"]["forget"] + lag)
+    assert report["expected_unseen"] == pytest.approx(scores["retrained"]["forget"])
+    assert abs(report["membership"]["retrained"]["calibrated"]["auc"] - 0.5) < 0.05
+    few = revision_of(alike=6)  # too few of the site to be compared with
+    assert few["compared_with"] == {"attacks": "holdout", "expected_unseen": "holdout_other"}
+    assert abs(few["membership"]["retrained"]["calibrated"]["auc"] - 0.5) > 0.1
+
+
 def suppression_verdict(f1=0.0, others=0.7, change=(-0.01, 0.01), probe=(0.95, 0.7, 0.68)):
     names = ("original", "unlearned", "retrained")
     return judge_suppression(

@@ -148,6 +148,12 @@ def attacked_scores(rows: Mapping[str, Rows], out: Mapping[str, Rows] | None, gr
     return found
 
 
+def unseen_from(scores: Mapping[str, Mapping[str, Rows]], groups: Groups, split: str) -> tuple[dict[str, Any], Groups]:
+    """The same scores and patients with a part of the holdout, such as ``holdout_alike``, in the place of all of it."""
+    found = {name: {**rows, "holdout": rows[split]} for name, rows in scores.items()}
+    return found, {**groups, "holdout": groups[split]}
+
+
 def membership_table(
     scores: Mapping[str, Mapping[str, Rows]],
     out: Mapping[str, Rows] | None,

@@ -24,6 +24,7 @@ from .cost import Meter, cost_table
 from .distance import compare_cases, tug_of_war
 from .durability import Loss, durability_warnings, relearn_curves, relearn_index, removable, weight_probes
 from .membership import (
+    Groups,
     attacked_score,
     attacked_scores,
     membership_table,
@@ -31,6 +32,7 @@ from .membership import (
     retained_leak,
     strongest_attack,
     two_version_leak,
+    unseen_from,
 )
 from .page import render
 from .probes import embed
@@ -159,7 +161,10 @@ def audit(
     meter = Meter(forward_flops(models["original"], datasets["forget"][0]["image"].to(device), inferer))
     scores = _score_all(models, judges, datasets, splits, options, seed, meter)
     main = main_score(scores["original"]["holdout"])
+    level, level_groups = unseen_from(scores, groups, resolution.unseen_other)
+    alike, alike_groups = unseen_from(scores, groups, resolution.unseen_alike)
     target: float | None = None
+    attacked: Scores = {}
     suppression, membership, control, strongest, leaks, equivalent = None, {}, {}, {}, None, None
     compared = _compare(models, datasets, splits, options, meter)
     if suppressed is not None:
@@ -172,16 +177,16 @@ def audit(
         )  # fmt: skip
         verdict, reasons = judge_suppression(suppression, resolution.request.limits_in_force["utility"])
     else:
-        out = scores.get("judge")
+        out = alike.get("judge")
         if out is not None:
-            unseen = scores["original"]["holdout"][main]
-            target = expected_unseen(out["forget"][main], unseen, out["holdout"][main])
-        attacked: Scores = {name: scores[name] for name in ("original", "unlearned", "retrained") if name in scores}
-        membership = membership_table(attacked, out, groups, seed)
+            lag = (level[name]["holdout"][main] for name in ("original", "judge"))
+            target = expected_unseen(out["forget"][main], *lag)
+        attacked = {name: alike[name] for name in ("original", "unlearned", "retrained") if name in scores}
+        membership = membership_table(attacked, out, alike_groups, seed)
         if out is not None:
-            strongest = {name: strongest_attack(rows, out, groups, seed) for name, rows in attacked.items()}
-        leaks = _leaks(scores, groups, seed)
-        control = controls(scores, membership, groups, seed)
+            strongest = {name: strongest_attack(rows, out, alike_groups, seed) for name, rows in attacked.items()}
+        leaks = _leaks(level, level_groups, seed)
+        control = controls(alike, membership, alike_groups, seed)
         equivalent = equivalence_to_retrained(scores, compared, groups, resolution.request.limits_in_force, seed)
         verdict, reasons = judge_verdict(
             resolution, scores, groups, target, membership, control, strongest.get("unlearned"), equivalent,
@@ -198,7 +203,7 @@ def audit(
         profiles = residual_profiles(models["unlearned"], judges, datasets, device, inferer, private, key)
         cases = len(datasets["forget"]) + min(len(datasets["forget"]), len(datasets["holdout"]))
         meter.count(cases * (1 + len(judges.networks)))
-    table = _cases(scores, groups, splits, key) if "judge" in scores and suppressed is None else []
+    table = _cases(alike, alike_groups, splits, key) if "judge" in scores and suppressed is None else []
     probes = weight_probes(models, datasets, options, adapter, meter) if suppressed is None else None
     report = {
         "schema": SCHEMA,
@@ -222,6 +227,9 @@ def audit(
         "js_band": _means(compared, "js_band"),
         "tug_of_war": _tug_of_war(scores, main),
         "equivalence": equivalent,
+        "compared_with": None
+        if suppressed is not None
+        else {"attacks": resolution.unseen_alike, "expected_unseen": resolution.unseen_other},
         "expected_unseen": target,
         "completeness": None
         if target is None
@@ -272,7 +280,7 @@ def audit(
         "cases": _example_cases(models, judges, datasets, scores, device, show_forget, inferer),
         "classes": list(classes),
         "residual": profiles,
-        "attacked": {name: attacked_scores(scores[name], scores.get("judge"), groups) for name in membership},
+        "attacked": {name: attacked_scores(rows, alike.get("judge"), alike_groups) for name, rows in attacked.items()},
     }
     return report
 
@@ -447,7 +455,7 @@ def _tug_of_war(scores: Scores, main: str) -> dict[str, float] | None:
     }  # fmt: skip
 
 
-def _leaks(scores: Scores, groups: Mapping[str, list[str]], seed: int) -> dict[str, Any] | None:
+def _leaks(scores: Scores, groups: Groups, seed: int) -> dict[str, Any] | None:
     if "retain" not in scores["original"]:
         return None
     found: dict[str, Any] = {"two_versions": two_version_leak(scores["original"], scores["unlearned"], groups, seed)}
@@ -461,7 +469,7 @@ def _leaks(scores: Scores, groups: Mapping[str, list[str]], seed: int) -> dict[s
 
 
 def _cases(
-    scores: Scores, groups: Mapping[str, list[str]], splits: Mapping[str, Sequence[Item]], key: bytes | None
+    scores: Scores, groups: Groups, splits: Mapping[str, Sequence[Item]], key: bytes | None
 ) -> list[dict[str, Any]]:
     """One row for each forgotten patient: scores, and its rank among the unseen patients before and after."""
     main, score = main_score(scores["original"]["holdout"]), attacked_score(scores["original"]["holdout"])

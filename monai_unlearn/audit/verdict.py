@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..request import Resolution
-from .membership import Groups, Rows, attacked_scores, negative_control, one_patient
+from .membership import Groups, Rows, attacked_scores, negative_control, one_patient, unseen_from
 from .scores import main_score
 from .statistics import bootstrap_difference, bootstrap_mean, equivalence, non_inferiority, seed_margin
 
@@ -112,10 +112,11 @@ def judge_verdict(
         failed += _attacked(membership["unlearned"]["raw"], RAW_NULL, "raw")
         unclear.append("no reference that never saw the forget set (tier 0): nothing says what is expected of it.")
     else:
-        failed += _forget_score(scores, groups, target, limits["forget"], seed)
+        failed += _forget_score(*unseen_from(scores, groups, resolution.unseen_other), target, limits["forget"], seed)
         row = membership["unlearned"]["calibrated"]
         if row["auc"] is None:
-            test = one_patient(scores["unlearned"], scores["judge"], groups)
+            alike, alike_groups = unseen_from(scores, groups, resolution.unseen_alike)
+            test = one_patient(alike["unlearned"], alike["judge"], alike_groups)
             if test["p"] <= 0.05:
                 failed.append(f"the patient stands out among unseen patients (rank test p = {test['p']:.3f}).")
         else:
