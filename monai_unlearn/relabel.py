@@ -175,34 +175,43 @@ class Calibration(NamedTuple):
         return self.scale * logits + self.bias.to(logits).reshape(1, -1, *[1] * (logits.ndim - 2))
 
 
-def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calibration:
-    """The map of one model's logits that brings its probabilities closest (cross-entropy) to another model's.
+def fit_calibration(logits: Tensor, towards: Tensor, match: str = "probabilities", most: int = 2**18) -> Calibration:
+    """The map of one model's logits that brings its probabilities closest to another model's, or its certainty to it.
 
     A reference that was trained briefly, on a part of the data, is less certain than a fully trained model would be,
     and leans to other classes. Fitted on cases that neither model was trained on, towards the original, the map takes
     that out and leaves what the reference knows: temperature scaling with a bias (Guo et al., arXiv 1706.04599, matched
-    to a model instead of to labels). The problem is convex; voxels beyond ``most`` are left out at even steps.
+    to a model instead of to labels). With ``match="probabilities"`` it minimises the cross-entropy, a convex problem;
+    where the two models disagree the answers come out hedged. ``"certainty"`` fits the scale alone, so that the mean
+    entropy is the other model's: for cases that differ from those of the fit in which classes they show.
 
     Args:
         logits: of the reference, ``(B, C, *spatial)`` or ``(B, C)``.
         towards: of the original, the same shape.
-        most: voxels used.
+        match: ``"probabilities"`` or ``"certainty"``.
+        most: voxels used; those beyond are left out at even steps.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes differ, or on another ``match``.
 
     Example:
         >>> z = torch.linspace(-3, 3, 50).reshape(50, 1)
         >>> map = fit_calibration(z, 2 * z - 1)
         >>> round(map.scale, 2), round(map.bias.item(), 2)
         (2.0, -1.0)
+        >>> round(fit_calibration(z, -2 * z, match="certainty").scale, 2)
+        2.0
     """
     if logits.shape != towards.shape:
         raise ValueError(f"the two models differ in shape: {tuple(logits.shape)} and {tuple(towards.shape)}.")
+    if match not in ("probabilities", "certainty"):
+        raise ValueError(f"a calibration matches probabilities or certainty, got {match!r}.")
     channels = logits.shape[1]
     z, target = (one.movedim(1, -1).reshape(-1, channels) for one in (logits, probabilities(towards)))
     step = -(-len(z) // most)
     z, target = z[::step].double(), target[::step].double()
+    if match == "certainty":
+        return Calibration(_scale_of_entropy(z, _entropy(target)), torch.zeros(channels))
     scale = torch.ones((), dtype=torch.double, device=z.device, requires_grad=True)
     bias = torch.zeros(channels, dtype=torch.double, device=z.device, requires_grad=True)
 
@@ -231,6 +240,23 @@ def fit_calibration(logits: Tensor, towards: Tensor, most: int = 2**18) -> Calib
     return Calibration(float(scale), bias.detach().float())
 
 
+def _entropy(p: Tensor) -> float:
+    """The mean entropy in nats of probabilities ``(N, C)``, of both outcomes where there is one channel."""
+    both = torch.cat([p, 1 - p], 1) if p.shape[1] == 1 else p
+    return float(torch.special.entr(both).sum(1).mean())
+
+
+def _scale_of_entropy(z: Tensor, wanted: float) -> float:
+    """The scale at which logits ``(N, C)`` have a mean entropy, by bisection; entropy falls as the scale grows."""
+    low, high = 0.0, 1.0
+    while _entropy(probabilities(high * z)) > wanted and high < 2**10:  # logits without differences never get there
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _entropy(probabilities(middle * z)) > wanted else (low, middle)
+    return (low + high) / 2
+
+
 class to_reference:
     """What models that never saw the sample say about it: the mean of their probabilities.
 
@@ -243,6 +269,7 @@ class to_reference:
         unseen: cases of which neither the original nor a reference has seen any, with an item ``image``; no label of
             theirs is read.
         limit: so many of the unseen cases, at even steps.
+        match: see :func:`fit_calibration`.
 
     Raises:
         ValueError: without a reference, with a temperature that is not positive, or with one of ``original`` and
@@ -257,6 +284,7 @@ class to_reference:
         original: nn.Module | None = None,
         unseen: Dataset | None = None,
         limit: int = 64,
+        match: str = "probabilities",
     ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
@@ -270,10 +298,10 @@ class to_reference:
         for reference in self.references:
             reference.eval().requires_grad_(False)
         if original is not None and unseen is not None:
-            self.calibrations = self._calibrate(original.eval(), unseen, limit)
+            self.calibrations = self._calibrate(original.eval(), unseen, limit, match)
 
     @torch.no_grad()
-    def _calibrate(self, original: nn.Module, unseen: Any, limit: int) -> list[Calibration]:
+    def _calibrate(self, original: nn.Module, unseen: Any, limit: int, match: str) -> list[Calibration]:
         if not len(unseen):
             raise ValueError("to_reference cannot calibrate: there are no cases that neither model has seen.")
         device = next(original.parameters()).device
@@ -285,7 +313,7 @@ class to_reference:
             said.append(voxels[..., :: -(-voxels.shape[2] // 2**14)].cpu())  # so that large volumes fit into memory
         self.passes += len(models) * len(said)
         of_original, *others = torch.cat(said, -1).split(1)
-        return [fit_calibration(one, of_original) for one in others]
+        return [fit_calibration(one, of_original, match) for one in others]
 
     def _logits(self, image: Tensor, network: nn.Module) -> Tensor:
         return network(image) if self.inferer is None else self.inferer(image, network)

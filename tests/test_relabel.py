@@ -194,6 +194,25 @@ def test_calibration_finds_the_map_between_two_models(shape):
     assert same.scale == pytest.approx(1, abs=1e-3) and same.bias.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(60, 1), (60, 9), (4, 1, 8, 8), (4, 3, 8, 8)])
+@pytest.mark.parametrize("factor", [0.2, 1.0, 1.7, 30.0])
+def test_a_calibration_by_certainty_finds_the_scale_even_between_models_that_disagree(shape, factor):
+    logits = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    turned = -logits if shape[1] == 1 else logits.roll(1, 1)  # as certain, and of another class
+    found = fit_calibration(logits, factor * turned, match="certainty")
+    assert found.scale == pytest.approx(factor, rel=1e-4) and not found.bias.any()
+    wanted, mapped = (-(p * p.clamp_min(1e-300).log()).sum() for p in
+                      (probabilities((factor * turned).double()), probabilities(found(logits.double()))))  # fmt: skip
+    if shape[1] > 1:
+        assert float(mapped) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_calibration_knows_what_it_can_match():
+    with pytest.raises(ValueError, match="probabilities or certainty"):
+        fit_calibration(torch.zeros(3, 1), torch.zeros(3, 1), match="labels")
+    assert fit_calibration(torch.zeros(3, 2), torch.ones(3, 2), match="certainty").scale >= 0  # nothing to scale
+
+
 def test_a_reference_that_says_nothing_gives_the_originals_mean_and_that_is_said(caplog):
     logits = torch.linspace(-2, 2, 30).reshape(30, 1)
     found = fit_calibration(logits, 1 - logits)
