@@ -167,6 +167,28 @@ def test_the_buffer_probe_puts_the_originals_statistics_back(quick, tmp_path):
         assert torch.equal(value.cpu(), (original if "running" in name or "num_batches" in name else drifted)[name])
 
 
+def test_a_criterion_goes_by_unseen_cases_of_its_own_kind_and_is_taught_with_the_originals_certainty(quick, tmp_path):
+    bundle = "isic_classification_unlearn"
+    folder, request = Path(shutil.copytree(quick(bundle), tmp_path / "output")), tmp_path / "request.yaml"
+    request.write_text(
+        "{id: old, job: revision, selector: {rule: age_approx >= 55}, on_split_group: include}"
+    )
+    flow = start(bundle, folder, forget_request=str(request), with_retrained=0, relearn_steps=0)
+    report, get = report_of(folder), flow.parser.get_parsed_content
+    assert report["compared_with"] == {"attacks": "holdout_alike", "expected_unseen": "holdout_other"}
+    assert report["splits"]["holdout_alike"] + report["splits"]["holdout_other"] == report["splits"]["holdout"]
+    (calibration,) = report["relabelling"]["calibration"]
+    assert not any(calibration["bias"])
+    entropy = {}
+    with torch.no_grad():
+        images = torch.stack([sample["image"] for sample in get("calibration_cases")])
+        for name in ("original", "reference"):
+            logits = get(f"{name}_network")(images) * (calibration["scale"] if name == "reference" else 1)
+            entropy[name] = float(torch.special.entr(logits.softmax(1)).sum(1).mean())
+    assert len(images) == report["splits"]["holdout_other"] <= 64
+    assert entropy["reference"] == pytest.approx(entropy["original"], rel=1e-3)
+
+
 def test_models_are_composed_and_audited_like_any_other(quick, tmp_path, capsys):
     bundle = "isic_classification_unlearn"
     folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
