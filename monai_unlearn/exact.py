@@ -8,6 +8,7 @@ holds the patient. Of the members of a cross-validation all but one do.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,8 @@ def retrain_members(
     if trained_on not in ("fold", "others"):
         raise RequestError(f'--ensemble_trained_on takes "fold" or "others", got {trained_on!r}.')
     files = {str(fold): Path(path) for fold, path in members.items()}
+    if strange := [fold for fold in files if not re.fullmatch(r"\w+", fold)]:  # it becomes part of a file's name
+        raise RequestError(f"a fold is named by letters and digits, got {strange[0]!r}.")
     missing = sorted({str(item.get("fold", "unknown")) for item in resolution.training} - set(files))
     if missing:
         raise RequestError(f"the ensemble has no member for fold {', '.join(missing)} of the data list.")
@@ -77,11 +80,8 @@ def retrain_members(
         row: dict[str, Any] = {"fold": fold, "retrained": len(kept) < len(parts[fold]), "cases": len(kept),
                                "forgotten": len(parts[fold]) - len(kept), "seconds": 0.0, "flops": 0}  # fmt: skip
         if row["retrained"]:
-            given: dict[str, Any] = {
-                "train_items": kept,
-                "network_seed": seed + 5000 + index,
-                "phase": f"ensemble_{fold}",
-            }
+            given: dict[str, Any] = {"train_items": kept, "network_seed": seed + 5000 + index}
+            given["phase"] = f"ensemble_{fold}"
             record = phase(config_id, target, resolution=resolution, **given, **shared)
             row |= {key: record[key] for key in ("seconds", "flops")}
         else:

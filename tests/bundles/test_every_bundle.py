@@ -170,9 +170,7 @@ def test_the_buffer_probe_puts_the_originals_statistics_back(quick, tmp_path):
 def test_a_criterion_goes_by_unseen_cases_of_its_own_kind_and_is_taught_with_the_originals_certainty(quick, tmp_path):
     bundle = "isic_classification_unlearn"
     folder, request = Path(shutil.copytree(quick(bundle), tmp_path / "output")), tmp_path / "request.yaml"
-    request.write_text(
-        "{id: old, job: revision, selector: {rule: age_approx >= 55}, on_split_group: include}"
-    )
+    request.write_text("{id: old, job: revision, selector: {rule: age_approx >= 55}, on_split_group: include}")
     flow = start(bundle, folder, forget_request=str(request), with_retrained=0, relearn_steps=0)
     report, get = report_of(folder), flow.parser.get_parsed_content
     assert report["compared_with"] == {"attacks": "holdout_alike", "expected_unseen": "holdout_other"}

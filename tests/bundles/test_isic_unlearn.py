@@ -202,6 +202,7 @@ def test_of_an_ensemble_only_the_members_that_saw_the_forget_set_are_trained_ane
         ({"ensemble_models": None}, "an ensemble comes by fold"),
         ({"ensemble_trained_on": "all"}, "--ensemble_trained_on takes"),
         ({"ensemble_models": {0: "original"}}, "no member for fold 1, 2, 3"),
+        ({"ensemble_models": {"../0": "original"}}, "named by letters and digits"),
     ],
 )
 def test_an_ensemble_that_does_not_fit_the_data_is_refused(options, message, quick, tmp_path, capsys):
