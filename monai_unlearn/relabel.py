@@ -26,6 +26,7 @@ from .request import RequestError, item_id, pseudonym
 
 Relabel = Callable[[Tensor, Tensor], Tensor]
 logger = logging.getLogger(__name__)
+LARGEST_SCALE = 64  # by which a reference's logits may be too small
 
 
 def keep_label(image: Tensor, label: Tensor) -> Tensor:
@@ -247,10 +248,18 @@ def _entropy(p: Tensor) -> float:
 
 
 def _scale_of_entropy(z: Tensor, wanted: float) -> float:
-    """The scale at which logits ``(N, C)`` have a mean entropy, by bisection; entropy falls as the scale grows."""
+    """The scale at which logits ``(N, C)`` have a mean entropy, by bisection; entropy falls as the scale grows.
+
+    0, and a warning, where only an enormous scale would do: it would make certain answers of nothing.
+    """
     low, high = 0.0, 1.0
-    while _entropy(probabilities(high * z)) > wanted and high < 2**10:  # logits without differences never get there
+    while _entropy(probabilities(high * z)) > wanted:
         low, high = high, 2 * high
+        if high > LARGEST_SCALE:
+            logger.warning(
+                "the reference says next to nothing about cases unseen by it and the original; train it longer."
+            )
+            return 0.0
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if _entropy(probabilities(middle * z)) > wanted else (low, middle)

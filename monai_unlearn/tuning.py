@@ -151,7 +151,7 @@ def _study(seed: int) -> optuna.Study:
     try:
         import optuna
     except ImportError as error:
-        raise RequestError("tuning needs optuna: pip install monai_unlearn[tuning]") from error
+        raise RequestError("tuning needs optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     return optuna.create_study(sampler=sampler, direction="minimize")

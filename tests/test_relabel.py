@@ -207,10 +207,16 @@ def test_a_calibration_by_certainty_finds_the_scale_even_between_models_that_dis
         assert float(mapped) == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_a_calibration_knows_what_it_can_match():
+def test_a_calibration_by_certainty_makes_no_certain_answers_of_nothing(caplog):
+    certain = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    for nothing in (torch.zeros(2, 2), 1e-3 * certain):
+        caplog.clear()
+        assert fit_calibration(nothing, certain, match="certainty").scale == 0 and "train it longer" in caplog.text
+    caplog.clear()
+    assert fit_calibration(certain / 40, certain, match="certainty").scale == pytest.approx(40, rel=1e-4)
+    assert not caplog.text
     with pytest.raises(ValueError, match="probabilities or certainty"):
-        fit_calibration(torch.zeros(3, 1), torch.zeros(3, 1), match="labels")
-    assert fit_calibration(torch.zeros(3, 2), torch.ones(3, 2), match="certainty").scale >= 0  # nothing to scale
+        fit_calibration(certain, certain, match="labels")
 
 
 def test_a_reference_that_says_nothing_gives_the_originals_mean_and_that_is_said(caplog):
