@@ -203,6 +203,10 @@ def test_references_get_disjoint_whole_groups_whatever_the_order():
 
 def test_the_expected_score_of_an_unseen_case():
     assert expected_unseen(np.array([0.461]), np.array([0.482]), np.array([0.5])) == pytest.approx(0.443)
+    scores = np.array([0.5, 0.6]), np.array([0.7]), np.array([0.55])
+    assert expected_unseen(*scores) == pytest.approx(0.70)
+    assert expected_unseen(*scores, np.array([0.6, 0.7])) == pytest.approx(0.65)  # the original's own score is less
+    assert expected_unseen(*scores, np.array([0.9, 0.9])) == pytest.approx(0.70)
     assert completeness(0.95, 0.80, 0.75) == pytest.approx(0.75)
     assert completeness(0.95, 0.70, 0.75) > 1
     assert completeness(0.76, 0.70, 0.75) is None

@@ -163,16 +163,25 @@ def reference_parts(retain: Sequence[Item], parts: int = 3, seed: int = 0) -> li
     return [[*teacher, *itertools.chain.from_iterable(others)], judge]
 
 
-def expected_unseen(reference_forget: np.ndarray, original_unseen: np.ndarray, reference_unseen: np.ndarray) -> float:
+def expected_unseen(
+    reference_forget: np.ndarray,
+    original_unseen: np.ndarray,
+    reference_unseen: np.ndarray,
+    original_forget: np.ndarray | None = None,
+) -> float:
     """q̂ = mean s(A, F) + [mean s(O, T) − mean s(A, T)]: the reference's score, lifted by its lag on unseen cases.
 
-    The offset uses the original, not the unlearned model: a damaged model must not lower its own target.
+    The offset uses the original, not the unlearned model: a damaged model must not lower its own target. With the
+    original's scores on the forget set, q̂ is at most their mean: what a model was trained on it knows no worse.
 
     Example:
         >>> round(expected_unseen(np.array([0.461]), np.array([0.482]), np.array([0.5])), 3)
         0.443
+        >>> expected_unseen(np.array([0.461]), np.array([0.482]), np.array([0.5]), np.array([0.44]))
+        0.44
     """
-    return float(np.mean(reference_forget) + np.mean(original_unseen) - np.mean(reference_unseen))
+    estimate = float(np.mean(reference_forget) + np.mean(original_unseen) - np.mean(reference_unseen))
+    return estimate if original_forget is None else min(estimate, float(np.mean(original_forget)))
 
 
 def regression_reference(

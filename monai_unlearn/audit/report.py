@@ -179,8 +179,10 @@ def audit(
     else:
         out = alike.get("judge")
         if out is not None:
-            lag = (level[name]["holdout"][main] for name in ("original", "judge"))
-            target = expected_unseen(out["forget"][main], *lag)
+            target = expected_unseen(
+                out["forget"][main], level["original"]["holdout"][main], level["judge"]["holdout"][main],
+                alike["original"]["forget"][main],
+            )  # fmt: skip
         attacked = {name: alike[name] for name in ("original", "unlearned", "retrained") if name in scores}
         membership = membership_table(attacked, out, alike_groups, seed)
         if out is not None:
