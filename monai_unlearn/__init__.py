@@ -17,6 +17,7 @@ from .bundle import (
     bundle_root,
     composed,
     content,
+    end_processes,
     fingerprint,
     fold_networks,
     frozen,
@@ -24,11 +25,12 @@ from .bundle import (
     judges,
     phase,
     resolved,
+    start_processes,
     unlearning_targets,
     variant,
     weight_gradients,
 )
-from .checkpoint import load_weights, read_weights, save_weights, seeded, weights_digest
+from .checkpoint import compiled, load_weights, read_weights, save_weights, seeded, weights_digest
 from .compose import Rule, compose_networks, compose_state_dicts
 from .data import (
     CheckMaskd,
@@ -55,7 +57,8 @@ from .datasets import (
     read_photograph,
     read_volume,
 )
-from .engines import PrepareUnlearning, run_phase
+from .distributed import AcrossProcesses, GatheredLoss, num_processes, own_share, process_rank
+from .engines import AutocastInferer, PrepareUnlearning, run_phase
 from .exact import retrain_members
 from .handlers import (
     ClipGradients,
@@ -108,11 +111,14 @@ from .relabel import (
 )
 from .request import DeletionRequest, Resolution, make_request, manifest, published_split, read_request, resolve
 from .saliency import dampen, mean_gradient, reset_least_different, saliency_mask
+from .trunk import FrozenTrunk, KeepTrunk, TrunkInferer
 from .tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcrossProcesses",
+    "AutocastInferer",
     "BoundaryMargin",
     "BoundaryRelabel",
     "Calibration",
@@ -127,8 +133,11 @@ __all__ = [
     "FieldOfViewd",
     "ForgetRetainSampler",
     "ForgetUntil",
+    "FrozenTrunk",
+    "GatheredLoss",
     "InputDomain",
     "KeepAffined",
+    "KeepTrunk",
     "LabelStore",
     "LegacyBoundary",
     "MarkForgetd",
@@ -149,6 +158,7 @@ __all__ = [
     "Target",
     "TeacherGuard",
     "TeacherWeightedBackgroundLoss",
+    "TrunkInferer",
     "UnlearningLoss",
     "adapters_disabled",
     "as_mask",
@@ -158,11 +168,13 @@ __all__ = [
     "bundle_root",
     "cache_outputs",
     "chase_datalist",
+    "compiled",
     "compose_networks",
     "compose_state_dicts",
     "composed",
     "content",
     "dampen",
+    "end_processes",
     "fingerprint",
     "finish",
     "fit_calibration",
@@ -190,9 +202,12 @@ __all__ = [
     "mean_gradient",
     "merge_lora",
     "normalise_arguments",
+    "num_processes",
+    "own_share",
     "phase",
     "prepare",
     "print_plan",
+    "process_rank",
     "published_split",
     "random_labels",
     "read_pair",
@@ -213,6 +228,7 @@ __all__ = [
     "seeded",
     "shrink",
     "site_key",
+    "start_processes",
     "to_background",
     "to_out_of_fold",
     "to_random_class",

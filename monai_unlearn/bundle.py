@@ -14,6 +14,8 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from .checkpoint import CheckpointError, load_weights, read_safetensors, save_we
 from .compose import compose_networks
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
+from .distributed import process_rank
 from .engines import forward_flops, load_phase, run_phase, training_flops
 from .handlers import NotFiniteError
 from .relabel import LabelStore, Relabel
@@ -103,6 +107,40 @@ def running_parser() -> ConfigParser:
     for parser in on_stack(ConfigParser):
         return parser
     raise RuntimeError("this function works inside an expression of a MONAI bundle's configuration only.")
+
+
+@plain_errors
+def start_processes() -> torch.device:
+    """Join the processes that ``torchrun`` has started, over nccl on GPUs and gloo elsewhere; the first one speaks.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        RequestError: when ``torchrun`` has not started this process.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise RequestError(
+            f"{', '.join(missing)} are not set: start with torchrun --nproc_per_node=N -m monai.bundle run ..., or "
+            "leave multi_gpu_train.json out."
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if process_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for good)
+            logging.disable(logging.WARNING)
+    return device
+
+
+def end_processes() -> None:
+    """Leave the processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def bundle_root() -> str:
@@ -390,6 +428,7 @@ def unlearning_targets(
     teacher_on_forget: bool = False,
     label_store: LabelStore | None = None,
     weight: Relabel | None = None,
+    shown: Sequence[Item] | None = None,
 ) -> dict[str, Any]:
     """What the unlearning phase needs to know of the frozen models, computed once on the deterministic view.
 
@@ -409,6 +448,8 @@ def unlearning_targets(
         label_store: where labels that a search makes are kept from one run to the next; None keeps none.
         weight: says how much each voxel of a forget item counts, such as :class:`monai_unlearn.BoundaryMargin`; None
             weights none.
+        shown: the items that the phase shows (:meth:`monai_unlearn.ForgetRetainSampler.shown`): the teacher need not
+            look at others; None stands for all.
 
     Returns:
         ``values``: the teacher's logits (``teacher``), the new labels (``forget_label``) and the weights
@@ -424,7 +465,9 @@ def unlearning_targets(
     start = time.perf_counter()
     sets = {name: MemoryDataset(items, transform, store) for name, items in resolution.splits.items()}
     retain, forget, unseen = (sets[name] for name in ("retain", "forget", resolution.unseen_other))
-    taught = MemoryDataset([*retain.data, *forget.data], transform, store) if teacher_on_forget else retain
+    keys = None if shown is None else {store_key(item) for item in shown}
+    kept = [item for item in retain.data if keys is None or store_key(item) in keys]
+    taught = MemoryDataset([*kept, *forget.data] if teacher_on_forget else kept, transform, store)
     values = {"teacher": cache_outputs(original, taught, device, batch_size, inferer=inferer)} if len(taught) else {}
     forwards, stop_at, found = len(taught), None, None
     if isinstance(relabel, Mapping):

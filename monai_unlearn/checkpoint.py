@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import process_rank
+
 
 class CheckpointError(ValueError):
     """A file of weights cannot be used; the message names it, the reason and the remedy."""
@@ -32,9 +34,14 @@ class CheckpointError(ValueError):
 def atomic_path(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
     """A temporary path in the same folder that takes the final name, flushed to disk, when the block ends well.
 
-    A killed process leaves the old file, or none, and at most a temporary file, which the next write removes.
+    A killed process leaves the old file, or none, and at most a temporary file, which the next write removes. Of
+    several processes the first one writes; what the others put there is dropped.
     """
     path = Path(path)
+    if process_rank() > 0:
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         stale.unlink(missing_ok=True)
@@ -194,6 +201,16 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     torch.save(state, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def compiled(network: nn.Module, wanted: bool = True) -> nn.Module:
+    """The network, compiled in place where that is wanted; names and values of its weights stay as they are.
+
+    ``torch.compile`` needs a C++ compiler on CPUs, and takes tens of seconds when the network first runs.
+    """
+    if wanted:
+        network.compile()
+    return network
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

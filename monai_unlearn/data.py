@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from .checkpoint import weights_digest
+from .distributed import num_processes, process_rank
 from .request import item_id
 
 ORDERS = ("mixed", "alternate", "sequential")
@@ -32,23 +35,24 @@ class ForgetRetainSampler(Sampler[list[int]]):
     group that sets the length of the epoch, and no batch holds a sample twice.
 
     Every epoch has its own order, fixed by ``(seed, epoch)``: after :meth:`set_epoch` a resumed run continues exactly.
-    With several ranks each takes its own part of every group, all ranks yield equally many batches, and every group is
-    dealt out anew in each epoch.
+    Several ranks share the batches that one would have had, sample by sample and each group by itself, so that all make
+    equally many forward passes. Where a group of a batch is not a multiple of the number of ranks, a stand-in takes a
+    place: ``~index``, a negative number, for which :class:`MemoryDataset` gives the sample with a label of −1.
 
     Args:
         forget: for each item of the dataset, whether it is to be forgotten; bools or 0 and 1.
-        num_forget: samples to forget in each (mixed or forget) batch; 0 leaves them out.
-        num_retain: samples to keep in each (mixed or retain) batch; 0 leaves them out.
+        num_forget: samples to forget in each (mixed or forget) batch of all ranks together; 0 leaves them out.
+        num_retain: samples to keep in each (mixed or retain) batch of all ranks together; 0 leaves them out.
         order: ``mixed``, ``alternate`` or ``sequential``.
         retain_per_forget: samples to keep that an epoch shows for each sample to forget; None shows all of them. It
             makes the cost of an epoch independent of the training set's size.
         seed: fixes the order of the whole run.
-        rank: of this process.
-        num_ranks: of processes.
+        rank: of this process; None asks ``torch.distributed``.
+        num_ranks: of processes; None asks ``torch.distributed``.
 
     Raises:
         ValueError: on an unknown order, numbers below zero, no samples asked for, a group that the batches need but
-            that has fewer samples than there are ranks, or a rank out of range.
+            that is empty, or a rank out of range.
 
     Example:
         >>> sampler = ForgetRetainSampler([True, False, False, False], num_forget=1, num_retain=2)
@@ -64,9 +68,11 @@ class ForgetRetainSampler(Sampler[list[int]]):
         order: str = "mixed",
         retain_per_forget: float | None = None,
         seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        rank: int | None = None,
+        num_ranks: int | None = None,
     ) -> None:
+        rank = process_rank() if rank is None else rank
+        num_ranks = num_processes() if num_ranks is None else num_ranks
         if order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
         if min(num_forget, num_retain) < 0 or num_forget + num_retain == 0:
@@ -85,10 +91,8 @@ class ForgetRetainSampler(Sampler[list[int]]):
             if number > 0
         ]
         for name, indices, number in self.groups:
-            if len(indices) < num_ranks:
-                raise ValueError(
-                    f"{name} is {number}, but the dataset has {len(indices)} such samples for {num_ranks} ranks."
-                )
+            if not len(indices):
+                raise ValueError(f"{name} is {number}, but the dataset has 0 such samples.")
         self.order, self.seed, self.epoch, self.rank, self.num_ranks = order, seed, 0, rank, num_ranks
         self.retain_limit = None if retain_per_forget is None else max(1, round(retain_per_forget * int(flags.sum())))
 
@@ -97,13 +101,26 @@ class ForgetRetainSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """For each group the samples an epoch shows on each rank, at most one apart, and those of a batch."""
+        """For each group the samples an epoch shows, and those of a batch."""
         sizes = []
         for name, indices, number in self.groups:
             count = len(indices) if name == "num_forget" or self.retain_limit is None else self.retain_limit
-            count = -(-min(count, len(indices)) // self.num_ranks)
-            sizes.append((count, min(number, len(indices) // self.num_ranks)))
+            sizes.append((min(count, len(indices)), min(number, len(indices))))
         return sizes
+
+    def shown(self, epochs: int) -> list[int]:
+        """The samples that the epochs 1 to ``epochs`` of a trainer show on all ranks, ascending; nothing is used up.
+
+        What is computed once for each sample need be computed for these only. A trainer with ``ReseedEachEpoch`` counts
+        its epochs from 1.
+        """
+        probe = copy.copy(self)
+        probe.rank, probe.num_ranks = 0, 1
+        seen: set[int] = set()
+        for epoch in range(1, epochs + 1):
+            probe.set_epoch(epoch)
+            seen.update(index for batch in probe for index in batch)
+        return sorted(seen)
 
     def __len__(self) -> int:
         batches = [-(-count // number) for count, number in self._sizes()]
@@ -122,23 +139,26 @@ class ForgetRetainSampler(Sampler[list[int]]):
             whole = self.order == "sequential" or -(-count // number) == rounds
             streams.append(self._batches(indices, count if whole else needed, number, generator))
         if self.order == "mixed":
-            yield from (sum(parts, []) for parts in zip(*streams, strict=True))
+            yield from (sum(map(self._mine, parts), []) for parts in zip(*streams, strict=True))
         elif self.order == "alternate":
             for parts in zip(*streams, strict=True):
-                yield from parts
+                yield from map(self._mine, parts)
         else:
             for stream in streams:
-                yield from stream
+                yield from map(self._mine, stream)
 
-    def _batches(self, indices: Tensor, needed: int, number: int, generator: torch.Generator) -> list[list[int]]:
-        """``needed`` samples of this rank in batches of ``number``; no sample twice in a batch."""
+    def _mine(self, batch: list[int]) -> list[int]:
+        """This rank's share of some samples; where they cannot be shared out evenly, a stand-in takes a place."""
+        return [*batch, *[~batch[0]] * (-len(batch) % self.num_ranks)][self.rank :: self.num_ranks]
+
+    @staticmethod
+    def _batches(indices: Tensor, needed: int, number: int, generator: torch.Generator) -> list[list[int]]:
+        """``needed`` samples in batches of ``number``; no sample twice in a batch."""
         dealt: list[int] = []
         while len(dealt) < needed:
-            order = indices[torch.randperm(len(indices), generator=generator)]
-            padded = -(-len(order) // self.num_ranks) * self.num_ranks
-            mine = order.repeat(2)[:padded][self.rank :: self.num_ranks].tolist()
+            order = indices[torch.randperm(len(indices), generator=generator)].tolist()
             tail = set(dealt[len(dealt) // number * number :])  # the batch under way
-            dealt += [one for one in mine if one not in tail] + [one for one in mine if one in tail]
+            dealt += [one for one in order if one not in tail] + [one for one in order if one in tail]
         return [dealt[start : start + number] for start in range(0, needed, number)]
 
 
@@ -259,6 +279,9 @@ class OneHotd(MapTransform):
 class MemoryDataset(Dataset):
     """A dataset whose deterministic transform runs once per item, however many datasets share the item.
 
+    A negative index ``~i`` gives item i with labels of −1: a stand-in that no loss reads, see
+    :class:`ForgetRetainSampler`.
+
     Args:
         data: data-list items.
         transform: deterministic preprocessing; its result is kept as plain tensors.
@@ -268,6 +291,14 @@ class MemoryDataset(Dataset):
         targets: further tensors by item, such as a teacher's logits, under the name of the item key.
         random_transform: applied last and anew each time, to the item with its extra keys and targets; a crop has to
             name the targets' keys too. It may return a list of items (patches).
+        views: draw so many random views of each item once, and give one of them at random each time: what is computed
+            of a view can then be kept, as :attr:`features`. Loaders with workers draw them in each worker.
+
+    Attributes:
+        features: tensors by item key and :meth:`feature_key`, handed on with the sample that they were computed of.
+
+    Raises:
+        ValueError: with views and nothing random to draw them by, or fewer than one.
     """
 
     def __init__(
@@ -278,14 +309,49 @@ class MemoryDataset(Dataset):
         extra: Sequence[str] = (),
         targets: Mapping[str, Mapping[Any, Tensor]] | None = None,
         random_transform: Callable[[Any], Any] | None = None,
+        views: int | None = None,
     ) -> None:
+        if views is not None and (views < 1 or random_transform is None):
+            raise ValueError(f"views of an item need a random transform and a number above 0, got {views}.")
         super().__init__(data, transform)
-        self.random_transform = random_transform
+        self.random_transform, self.views = random_transform, views
+        self.features: dict[str, Mapping[Any, Tensor]] = {}
+        self._drawn: dict[Any, Any] = {}
+        self._choice = np.random.RandomState(0)
         self.store = {} if store is None else store
         self.extra = tuple(extra)
         self.targets = {} if targets is None else targets
 
     def __getitem__(self, index: Any) -> Any:
+        if index < 0:
+            return _stand_in(self[~index])
+        view = 0 if self.views is None else int(self._choice.randint(self.views))
+        found = self.view(index, view)
+        for patch, sample in enumerate(found if isinstance(found, list) else [found]):
+            sample |= {name: values[self.feature_key(index, view, patch)] for name, values in self.features.items()}
+        return found
+
+    def view(self, index: int, view: int = 0) -> Any:
+        """An item, or one of its random views; a list of items where the random transform makes patches.
+
+        Without :attr:`views` there is one view, drawn anew each time where the transform is random.
+        """
+        key = (store_key(self.data[index]), view)
+        if self.views is None:
+            return self._with_targets(index)
+        if key not in self._drawn:
+            digest = hashlib.sha256(f"{item_id(self.data[index])}:{view}".encode()).digest()
+            if isinstance(self.random_transform, Randomizable):
+                self.random_transform.set_random_state(int.from_bytes(digest[:4], "big"))
+            self._drawn[key] = self._with_targets(index)
+        found = self._drawn[key]
+        return [dict(one) for one in found] if isinstance(found, list) else dict(found)
+
+    def feature_key(self, index: int, view: int, patch: int) -> Any:
+        """What :attr:`features` of a sample are found by."""
+        return (*store_key(self.data[index]), view, patch)
+
+    def _with_targets(self, index: int) -> Any:
         item = self.data[index]
         key = store_key(item)
         if key not in self.store:
@@ -303,7 +369,8 @@ class MemoryDataset(Dataset):
         return [_plain(one) for one in result] if isinstance(result, list) else _plain(result)
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> MemoryDataset:
-        """Fix the random transform's draws from here on; MONAI's loaders and ``ReseedEachEpoch`` call it."""
+        """Fix the random draws from here on; MONAI's loaders and ``ReseedEachEpoch`` call it."""
+        self._choice = np.random.RandomState(seed)
         if isinstance(self.random_transform, Randomizable):
             self.random_transform.set_random_state(seed, state)
         return self
@@ -326,6 +393,14 @@ class MemoryDataset(Dataset):
         return [bool(item.get("forget", False)) for item in self.data]
 
 
+def _stand_in(sample: Any) -> Any:
+    """The same sample, or list of samples, with labels of −1."""
+    if isinstance(sample, list):
+        return [_stand_in(one) for one in sample]
+    blank = {name: torch.full_like(sample[name], -1) for name in ("label", "forget_label") if name in sample}
+    return {**sample, **blank}
+
+
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The same item without MONAI's metadata on its tensors."""
     return {name: value.as_tensor() if hasattr(value, "as_tensor") else value for name, value in sample.items()}
@@ -334,6 +409,18 @@ def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
 def store_key(item: Mapping[str, Any]) -> tuple[str, str]:
     """What identifies an item's content in a store: the paths of its image and its label."""
     return str(item["image"]), str(item.get("label", ""))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode within; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.no_grad()
@@ -362,18 +449,13 @@ def cache_outputs(
     Returns:
         The output of each item, keyed as in :class:`MemoryDataset`, for its ``targets``.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     outputs: dict[tuple[str, str], Tensor] = {}
-    try:
-        loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
-        rows = iter(dataset.data)
-        for batch in tqdm(loader, desc, leave=False):
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
+    rows = iter(dataset.data)
+    with evaluating(network):
+        for batch in tqdm(loader, desc, leave=False, disable=process_rank() > 0):
             image = batch["image"].to(device)
             logits = network(image) if inferer is None else inferer(image, network)
             for value, item in zip((logits if post is None else post(logits)).cpu(), rows):
                 outputs[store_key(item)] = value.clone()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return outputs

@@ -10,19 +10,24 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from monai.engines import PrepareBatch, Trainer, default_prepare_batch
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
+from .distributed import process_rank, wait_for_all
 from .handlers import ResumeEachEpoch
 from .lora import adapted_layers, drift, merge_lora, save_adapter
 from .losses import Target
 from .relabel import Relabel, keep_label
+from .trunk import FrozenTrunk
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +86,45 @@ class PrepareUnlearning(PrepareBatch):
         return image, Target(label, forget, teacher, weight), (), {}
 
 
-def training_flops(network: nn.Module, image: Tensor) -> int:
+class AutocastInferer(Inferer):
+    """The network in half precision, its output in single: what MONAI's ``amp`` does on CUDA, on every device.
+
+    Losses and metrics see 32 bits, and bfloat16 has the range of float32, so no scaling of gradients is needed.
+
+    Args:
+        inferer: MONAI's, such as ``SlidingWindowInferer``; None calls the network.
+        dtype: ``bfloat16`` or ``float32``, which changes nothing; also by name.
+
+    Raises:
+        ValueError: on another dtype; float16 needs ``amp`` and its gradient scaler.
+    """
+
+    def __init__(self, inferer: Inferer | None = None, dtype: torch.dtype | str = "bfloat16") -> None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in ("bfloat16", "float32"):
+            raise ValueError(f"precision must be bfloat16 or float32, got {name}; float16 is amp's, on CUDA.")
+        self.inferer, self.enabled = inferer or SimpleInferer(), name == "bfloat16"
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The network's output in float32."""
+        if not self.enabled:
+            return self.inferer(inputs, network, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            output = self.inferer(inputs, network, *args, **kwargs)
+        return tree_map(lambda one: one.float() if isinstance(one, Tensor) else one, output)
+
+
+def training_flops(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None = None) -> int:
     """Floating-point operations of one forward and backward pass for one sample, counted on a copy.
 
     Args:
         network: what trains is what requires gradients in it.
         image: one sample, ``(C, *spatial)``.
+        trunk: of the network, played back and not counted; None computes everything.
     """
     probe = copy.deepcopy(network).eval()
-    with FlopCounterMode(display=False) as counter:
+    kept = nullcontext() if trunk is None else trunk.played_back(probe, trunk.record(probe, image[None]))
+    with kept, FlopCounterMode(display=False) as counter:
         output = probe(image[None])
         if output.requires_grad:
             output.sum().backward()
@@ -111,7 +146,7 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
 
     A phase that is complete is not run again: its weights are loaded instead. What identifies it is the configuration
     (``fingerprint``), the initial weights, and the content of the data. A file of the same name from another
-    configuration is replaced.
+    configuration is replaced. Of several processes the first one writes, and all return the same record.
 
     Args:
         trainer: built and not yet run. Its network holds the phase's initial weights; adapters are merged for the file.
@@ -135,6 +170,7 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     ).hexdigest()
     record_path = path.with_suffix(".json")
     record = _read_record(record_path)
+    wait_for_all()  # before the first process may replace what the others read
     if record.get("key") == key and path.is_file():
         if file_digest(path) == record["sha256"]:
             return {**record, "reused": True}
@@ -146,17 +182,21 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     if epochs > 0:
         trainer.run()
     seconds = time.perf_counter() - start + resumable.seconds_before
+    if process_rank() > 0:
+        wait_for_all()
+        return {**_read_record(record_path), "reused": False}
     if adapted_layers(network):
         save_adapter(network, path.parent / "adapter")
     save_weights(merge_lora(network), path)
-    sample = dataset[0]  # a list where the dataset gives patches
+    sample = dataset.view(0)  # a list where the dataset gives patches
     image = (sample[0] if isinstance(sample, list) else sample)["image"].to(next(network.parameters()).device)
+    trunk = getattr(trainer.inferer, "trunk", None)  # type: ignore[attr-defined]
     record = {
         "key": key,
         "sha256": file_digest(path),
         "seconds": seconds,
         "images": resumable.images + resumable.scored / 3,
-        "flops": resumable.images * training_flops(network, image) + resumable.scored_flops(),
+        "flops": resumable.images * training_flops(network, image, trunk) + resumable.scored_flops(),
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in merge_lora(network).parameters()),
         "drift": drift(network) if adapted_layers(network) else None,
@@ -164,6 +204,7 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
     }
     write_json(record, record_path)
     resumable.remove()
+    wait_for_all()
     return {**record, "reused": False}
 
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import CheckpointError, atomic_path, weights_digest
+from .distributed import num_processes, process_rank
 from .lora import limit_drift
 from .losses import UnlearningLoss
+from .trunk import KeepTrunk
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class StopWhenNotFinite:
 class ReseedEachEpoch:
     """Seed torch, numpy and random from (seed, epoch) when an epoch starts: a resumed run equals an undisturbed one.
 
+    Of several processes each has its own seed.
+
     A batch sampler or sampler with ``set_epoch`` is told the epoch, and a dataset with ``set_random_state`` gets the
     seed for its random transforms.
 
@@ -72,7 +76,8 @@ class ReseedEachEpoch:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        digest = hashlib.sha256(f"{self.seed}:{engine.state.epoch}".encode()).digest()
+        of_process = f":{process_rank()}" if process_rank() else ""
+        digest = hashlib.sha256(f"{self.seed}:{engine.state.epoch}{of_process}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -109,8 +114,9 @@ class PhaseProgress:
         if self.bar is None:
             length = engine.state.epoch_length or 0
             self.bar = tqdm(
-                total=length * (engine.state.max_epochs or 0), initial=length * (engine.state.epoch - 1), desc=self.desc
-            )
+                total=length * (engine.state.max_epochs or 0), initial=length * (engine.state.epoch - 1),
+                desc=self.desc, disable=process_rank() > 0,
+            )  # fmt: skip
 
     def __call__(self, engine: Engine) -> None:
         assert self.bar is not None
@@ -265,6 +271,10 @@ class StopAtReference:
         self.network.load_state_dict(self.best)
         if self.report()["overshoot"]:
             logger.warning("forgot further than the reference: see the report's overshoot.")
+
+    def flops(self) -> int:
+        """What scoring took, over all attempts."""
+        return self.scored * self.evaluator.case_flops() if self.scored else 0
 
     def report(self) -> dict[str, Any]:
         """What happened, ready for JSON: reference, history, best epoch, whether it lies below the reference."""
@@ -486,20 +496,20 @@ class ResumeEachEpoch:
                     self.objects["lr_scheduler"] = owner.lr_scheduler
                 if isinstance(owner, StopAtReference):
                     self.objects["stop_at_reference"] = self.reporters["stop_at_reference"] = owner
+                if isinstance(owner, KeepTrunk):
+                    self.reporters["trunk"] = owner
         engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
     @property
     def scored(self) -> int:
-        """Forward passes that the phase's handlers made to score its network, over all attempts."""
+        """Forward passes that the phase's handlers made beside the training steps."""
         return sum(handler.scored for handler in self.reporters.values())
 
     def scored_flops(self) -> int:
         """What those passes took; whole cases, where training sees patches of them."""
-        return sum(
-            handler.scored * handler.evaluator.case_flops() for handler in self.reporters.values() if handler.scored
-        )
+        return sum(handler.flops() for handler in self.reporters.values())
 
     def reports(self) -> dict[str, Any]:
         """What the phase's handlers have to say, ready for JSON."""
@@ -511,10 +521,10 @@ class ResumeEachEpoch:
 
     def _count(self, engine: Engine) -> None:
         batch: Any = engine.state.batch  # a list of items where the trainer decollates
-        self.images += len(batch) if isinstance(batch, list) else len(batch["image"])
+        self.images += num_processes() * (len(batch) if isinstance(batch, list) else len(batch["image"]))
 
     def _save(self, engine: Engine) -> None:
-        if time.perf_counter() - self.written < self.every_seconds:
+        if process_rank() > 0 or time.perf_counter() - self.written < self.every_seconds:
             return
         state = {
             "key": self.key,

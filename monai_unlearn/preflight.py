@@ -39,6 +39,7 @@ from .datasets import (
 )
 from .datasets.lists import FolderDatalist
 from .datasets.reading import Reader
+from .distributed import first_process_first
 from .engines import forward_flops, training_flops
 from .request import RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
 
@@ -190,6 +191,7 @@ class Prepared:
 
 
 @plain_errors
+@first_process_first()
 def prepare(
     dataset_dir: str | Path | None = None,
     datalist: str | Path | None = None,
@@ -318,6 +320,7 @@ def _plan_only() -> bool:
     return any(workflow.run_id == "plan" for workflow in on_stack(ConfigWorkflow))
 
 
+@first_process_first()
 def site_key(output_dir: str | Path) -> bytes:
     """The key of the pseudonyms: the file ``MONAI_UNLEARN_KEY_FILE`` names, else ``private/key``, made when missing.
 

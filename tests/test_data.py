@@ -83,13 +83,67 @@ def test_one_group_alone_is_possible():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_make_equally_many_batches_with_equally_many_to_forget(order, ranks):
-    samplers = [ForgetRetainSampler(FLAGS, 1, 2, order, rank=r, num_ranks=ranks) for r in range(ranks)]
-    epochs = [list(sampler) for sampler in samplers]
-    assert len({len(epoch) for epoch in epochs}) == 1
-    assert len({tuple(f > 0 for f, _ in sides(epoch)) for epoch in epochs}) == 1
-    assert set(sum((sum(epoch, []) for epoch in epochs), [])) == set(range(20))
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_ranks_share_the_batches_of_one(order, ranks, number):
+    flags = [i < number for i in range(20)]
+    whole = list(ForgetRetainSampler(flags, 2, 5, order, rank=0, num_ranks=1))
+    shares = [list(ForgetRetainSampler(flags, 2, 5, order, rank=r, num_ranks=ranks)) for r in range(ranks)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(i for part in parts for i in part if i >= 0) == sorted(batch)
+        assert {i for part in parts for i in part if i < 0} <= {~i for i in batch}
+        for flag in (True, False):  # as many forward passes of either kind on every rank
+            assert len({sum(flags[max(i, ~i)] == flag for i in part) for part in parts}) == 1
+
+
+def test_what_an_epoch_shows_is_known_beforehand():
+    sampler = ForgetRetainSampler(FLAGS, 1, 2, retain_per_forget=1)
+    expected = set()
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        expected |= {i for batch in sampler for i in batch}
+    sampler.set_epoch(0)
+    assert sampler.shown(2) == sorted(expected) and len(expected) < len(FLAGS)
+    assert sampler.epoch == 0
+    shares = [ForgetRetainSampler(FLAGS, 1, 2, retain_per_forget=1, rank=r, num_ranks=2) for r in (0, 1)]
+    assert shares[0].shown(2) == shares[1].shown(2) == sorted(expected)
+
+
+def test_a_stand_in_has_no_label():
+    def ones(item):
+        return {"image": torch.ones(1, 2), "label": torch.ones(1, 2)}
+
+    labels = {"forget_label": {("a", "b"): torch.zeros(1, 2)}}
+    data = MemoryDataset([{"image": "a", "label": "b"}], ones, targets=labels)
+    assert data[~0]["image"].tolist() == data[0]["image"].tolist()
+    assert (data[~0]["label"] == -1).all() and (data[~0]["forget_label"] == -1).all()
+    assert (data[0]["label"] == 1).all()
+
+
+def crops(samples=2):
+    return RandSpatialCropSamplesd(["image", "label"], roi_size=(4, 4), num_samples=samples, random_size=False)
+
+
+def test_views_are_drawn_once_and_chosen_by_the_epochs_seed():
+    def ramp(item):
+        return {"image": torch.arange(256.0).reshape(1, 16, 16), "label": torch.zeros(1, 16, 16)}
+
+    items = [{"image": name, "label": "m"} for name in "ab"]
+    data = MemoryDataset(items, ramp, random_transform=crops(), views=3)
+    drawn = [[patch["image"] for patch in data.view(0, view)] for view in range(3)]
+    again = MemoryDataset(items[::-1], ramp, random_transform=crops(), views=3)
+    for view in range(3):
+        torch.testing.assert_close([patch["image"] for patch in again.view(1, view)], drawn[view])
+    assert len({float(view[0].sum()) for view in drawn}) > 1
+    for _ in range(5):
+        found = [patch["image"] for patch in data[0]]
+        assert any(all(torch.equal(a, b) for a, b in zip(found, view)) for view in drawn)
+    first = [float(data.set_random_state(s)[0][0]["image"].sum()) for s in range(8)]
+    assert first == [float(data.set_random_state(s)[0][0]["image"].sum()) for s in range(8)] and len(set(first)) > 1
+    with pytest.raises(ValueError, match="need a random transform"):
+        MemoryDataset(items, ramp, views=3)
+    with pytest.raises(ValueError, match="a number above 0"):
+        MemoryDataset(items, ramp, random_transform=crops(), views=0)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +155,6 @@ def test_ranks_make_equally_many_batches_with_equally_many_to_forget(order, rank
         ({"forget": [False] * 3}, "num_forget is 1, but the dataset has 0"),
         ({"forget": [True] * 3}, "num_retain is 1, but the dataset has 0"),
         ({"rank": 2, "num_ranks": 2}, "rank must lie in"),
-        ({"forget": [True, False, False], "num_ranks": 2}, "has 1 such samples for 2 ranks"),
     ],
 )
 def test_a_sampler_that_could_not_work_is_refused(arguments, message):

@@ -16,7 +16,7 @@ import torch
 from monai.data import DataLoader
 from torch import Tensor, nn
 
-from ..data import MemoryDataset
+from ..data import MemoryDataset, evaluating
 from ..lora import freeze_norm, scope_pattern
 from .scores import f1_scores, score_cases
 from .statistics import auc
@@ -37,15 +37,12 @@ def penultimate_features(
         raise ValueError(f"{type(network).__name__} has {len(heads)} heads; the probe needs one.")
     found: list[Tensor] = []
     hook = heads[0].register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].flatten(1).cpu()))
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        for batch in DataLoader(dataset, batch_size=batch_size, num_workers=0):
-            network(batch["image"].to(device))
+        with evaluating(network):
+            for batch in DataLoader(dataset, batch_size=batch_size, num_workers=0):
+                network(batch["image"].to(device))
     finally:
         hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return torch.cat(found).numpy()
 
 

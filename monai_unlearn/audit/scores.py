@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from monai.data import DataLoader
 from monai.metrics import DiceMetric, MeanIoU, compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from ..data import MemoryDataset
+from ..data import MemoryDataset, evaluating
+from ..distributed import all_shares, own_share, process_rank
 from ..engines import forward_flops
 from ..relabel import probabilities
 
@@ -251,6 +253,8 @@ def score_cases(
 ) -> Rows:
     """Scores of every case, in the data list's order; the network's modes, weights and buffers stay as they are.
 
+    Several processes (:mod:`monai_unlearn.distributed`) share the cases, and each gets all scores.
+
     Masks are compared inside the item ``region`` where the data set has one.
 
     Args:
@@ -269,11 +273,11 @@ def score_cases(
         entropy of the prediction in nats, and for masks ``area``, the foreground's share of the label. Empty without
         cases.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    rows: dict[str, list[Tensor]] = {}
-    try:
-        for batch in tqdm(DataLoader(dataset, batch_size=batch_size, num_workers=0), desc, leave=False):
+    mine = own_share(range(len(dataset)))
+    loader = DataLoader(Subset(dataset, mine), batch_size=batch_size, num_workers=0)
+    rows: list[dict[str, Tensor]] = []
+    with evaluating(network):
+        for batch in tqdm(loader, desc, leave=False, disable=process_rank() > 0):
             image, label = batch["image"].to(device), batch["label"].to(device)
             logits = network(image) if inferer is None else inferer(image, network)
             p = probabilities(logits)
@@ -292,12 +296,10 @@ def score_cases(
                     flipped = (network(turned) if inferer is None else inferer(turned, network)).flip(-1)
                 region = batch["region"].to(device) if "region" in batch else None
                 found |= detailed_scores(logits, label, region, flipped)
-            for name, value in found.items():
-                rows.setdefault(name, []).append(value.double().cpu())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return {name: torch.cat(values).numpy() for name, values in rows.items()}
+            scores = {name: value.double().cpu() for name, value in found.items()}
+            rows += [{name: value[place] for name, value in scores.items()} for place in range(len(p))]
+    rows = all_shares(rows)
+    return {name: torch.stack([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
 
 
 def rows_of(rows: Rows, chosen: Iterable[bool]) -> Rows:
