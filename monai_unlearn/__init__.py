@@ -40,6 +40,7 @@ from .data import (
     MarkForgetd,
     MemoryDataset,
     OneHotd,
+    SampleStore,
     cache_outputs,
 )
 from .datasets import (
@@ -94,7 +95,16 @@ from .losses import (
     TeacherWeightedBackgroundLoss,
     UnlearningLoss,
 )
-from .preflight import finish, normalise_arguments, prepare, print_plan, record_request, site_key
+from .preflight import (
+    finish,
+    normalise_arguments,
+    plan_costs,
+    prepare,
+    print_plan,
+    print_spent,
+    record_request,
+    site_key,
+)
 from .relabel import (
     Calibration,
     LabelStore,
@@ -152,6 +162,7 @@ __all__ = [
     "Resolution",
     "ResumeEachEpoch",
     "Rule",
+    "SampleStore",
     "SparsityPenalty",
     "StopAtReference",
     "StopWhenNotFinite",
@@ -205,8 +216,10 @@ __all__ = [
     "num_processes",
     "own_share",
     "phase",
+    "plan_costs",
     "prepare",
     "print_plan",
+    "print_spent",
     "process_rank",
     "published_split",
     "random_labels",

@@ -47,7 +47,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What changes where and how a run happens, not what it computes.
-EPHEMERAL = {"bundle_root", "output_dir", "device", "num_workers", "dataset_dir", "datalist", "data", "store", "phase"}
+EPHEMERAL = {
+    "bundle_root",
+    "output_dir",
+    "cache_gib",
+    "device",
+    "num_workers",
+    "dataset_dir",
+    "datalist",
+    "data",
+    "store",
+    "phase",
+}
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 2),
     (DataError, 3),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from .checkpoint import weights_digest
 from .distributed import num_processes, process_rank
 from .request import item_id
 
+logger = logging.getLogger(__name__)
 ORDERS = ("mixed", "alternate", "sequential")
 
 
@@ -121,6 +123,12 @@ class ForgetRetainSampler(Sampler[list[int]]):
             probe.set_epoch(epoch)
             seen.update(index for batch in probe for index in batch)
         return sorted(seen)
+
+    def size(self) -> int:
+        """How many samples an epoch shows on all ranks, each as often as it is shown."""
+        probe = copy.copy(self)
+        probe.rank, probe.num_ranks = 0, 1
+        return sum(map(len, probe))
 
     def __len__(self) -> int:
         batches = [-(-count // number) for count, number in self._sizes()]
@@ -276,6 +284,27 @@ class OneHotd(MapTransform):
         return d
 
 
+class SampleStore(dict[Any, dict[str, Tensor]]):
+    """Decoded samples in memory, up to a budget: one more is not kept, and is decoded again whenever it is asked for.
+
+    Args:
+        budget: GiB.
+    """
+
+    def __init__(self, budget: float) -> None:
+        super().__init__()
+        self.left = budget * 2**30
+
+    def __setitem__(self, key: Any, sample: dict[str, Tensor]) -> None:
+        size = sum(value.numel() * value.element_size() for value in sample.values())
+        if size <= self.left:
+            self.left -= size
+            super().__setitem__(key, sample)
+        elif self.left > 0:
+            logger.warning("%d decoded samples fill cache_gib; the others are decoded whenever needed.", len(self))
+            self.left = 0
+
+
 class MemoryDataset(Dataset):
     """A dataset whose deterministic transform runs once per item, however many datasets share the item.
 
@@ -354,10 +383,12 @@ class MemoryDataset(Dataset):
     def _with_targets(self, index: int) -> Any:
         item = self.data[index]
         key = store_key(item)
-        if key not in self.store:
+        stored = self.store.get(key)
+        if stored is None:
             result = self.transform(dict(item))
-            self.store[key] = {name: value for name, value in _plain(result).items() if isinstance(value, Tensor)}
-        sample = {**self.store[key], **{name: item[name] for name in self.extra if name in item}}
+            stored = {name: value for name, value in _plain(result).items() if isinstance(value, Tensor)}
+            self.store[key] = stored
+        sample = {**stored, **{name: item[name] for name in self.extra if name in item}}
         for name, values in self.targets.items():
             if key in values:
                 sample[name] = values[key]

@@ -131,6 +131,33 @@ def training_flops(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None 
     return counter.get_total_flops()
 
 
+def saved_bytes(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None = None) -> int:
+    """Memory that one sample's forward pass keeps for the backward pass, without the weights; counted on a copy.
+
+    Args:
+        network: what trains is what requires gradients in it.
+        image: one sample, ``(C, *spatial)``.
+        trunk: of the network, played back; None computes everything.
+    """
+    probe = copy.deepcopy(network).eval()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    played = nullcontext() if trunk is None else trunk.played_back(probe, trunk.record(probe, image[None]))
+    with played, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = probe(image[None])
+    del output
+    return sum(kept.values())
+
+
 def forward_flops(
     network: nn.Module, image: Tensor, inferer: Callable[[Tensor, nn.Module], Tensor] | None = None
 ) -> int:

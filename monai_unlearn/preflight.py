@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -40,8 +40,9 @@ from .datasets import (
 from .datasets.lists import FolderDatalist
 from .datasets.reading import Reader
 from .distributed import first_process_first
-from .engines import forward_flops, training_flops
+from .engines import forward_flops, saved_bytes, training_flops
 from .request import RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
+from .trunk import FrozenTrunk
 
 TRACKING_KEYS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "trainer",
                  "validator", "evaluator", "_meta_"}  # fmt: skip
@@ -368,27 +369,104 @@ def record_request(prepared: Prepared, output_dir: str | Path) -> None:
 # plan -----------------------------------------------------------------------------------------------------------------
 
 
+PHASES = ("original", "reference", "judge", "targets", "unlearn", "audit", "retrain")
+
+
+class PlannedCost(NamedTuple):
+    """What one phase is expected to take.
+
+    Attributes:
+        images: passes of a sample forwards and backwards.
+        looks: passes forwards only.
+        flops: floating-point operations.
+        seconds: on this machine, from a few samples timed when the plan was made.
+    """
+
+    images: int
+    looks: int
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a run before it starts.
+
+    Attributes:
+        phases: by name; ``retrain`` is what the others are compared with, whether it is part of the run or not.
+        device: where it was timed.
+        gib: host memory of the decoded samples, and of what a training step keeps for its backward pass, by name.
+    """
+
+    phases: dict[str, PlannedCost]
+    device: str
+    gib: dict[str, float]
+
+    def __str__(self) -> str:
+        whole = self.phases["retrain"]
+        lines = [f"on {self.device}, timed just now:", f"  {'':<12}{'passes':>10}{'TFLOP':>10}{'seconds':>10}"]
+        for name, cost in self.phases.items():
+            share = f"  {cost.flops / whole.flops:.0%} of a retrain" if whole.flops and name != "retrain" else ""
+            passes = cost.images + cost.looks
+            lines.append(f"  {name:<12}{passes:>10,}{cost.flops / 1e12:>10.2f}{cost.seconds:>10.0f}{share}")
+        memory = ", ".join(f"{name} {value:.2f} GiB" for name, value in self.gib.items())
+        return "\n".join([*lines, f"memory: {memory}"])
+
+
 @plain_errors
-def print_plan(
-    prepared: Prepared,
+def plan_costs(
     network: nn.Module,
+    student: nn.Module,
     dataset: MemoryDataset,
-    epochs: Mapping[str, int],
     images: Mapping[str, float],
+    looks: Mapping[str, float],
+    items: int,
+    batch_size: int,
+    budget: float = 0.0,
     device: str | torch.device = "cpu",
     inferer: Inferer | None = None,
-) -> None:
-    """Print who would be forgotten, what looks wrong and what it would cost; write nothing.
+) -> Plan:
+    """What each phase would take: operations are counted on one sample, seconds measured on eight.
 
     Args:
-        prepared: data and request.
-        network: the plain network, to count and time one step with.
+        network: the plain network; its weights do not matter.
+        student: what the phase ``unlearn`` trains; the other phases train the network.
         dataset: of the trainer; its first sample is counted.
-        epochs: of each phase by name.
-        images: training samples an epoch of each phase shows.
+        images: by phase, the samples it trains on in all its epochs.
+        looks: by phase, the cases it only looks at.
+        items: decoded samples that are kept.
+        batch_size: of a training step.
+        budget: GiB for what the student's frozen part computes; 0 keeps nothing.
         device: where the run would compute.
-        inferer: of the audit, where it is not the network alone.
+        inferer: for whole cases, where it is not the network alone.
     """
+    found = dataset.view(0)  # a list where the dataset gives patches
+    sample = (found[0] if isinstance(found, list) else found)["image"]
+    whole = MemoryDataset(dataset.data[:1], dataset.transform, dataset.store)[0]
+    image, case = sample.to(device), whole["image"].to(device)
+    forward, step = forward_flops(network, case, inferer), training_flops(network, image)
+    trunk = None
+    if budget > 0 and dataset.random_transform is None and not all(p.requires_grad for p in student.parameters()):
+        trunk = FrozenTrunk(student, torch.stack([sample, sample.flip(-1)]).to(device))
+    of_student = training_flops(student, image, trunk or None)
+    batch = image.expand(8, *image.shape)
+    for _ in range(2):  # the second counts
+        start = time.perf_counter()
+        network.train()(batch).sum().backward()
+        seconds = (time.perf_counter() - start) / len(batch)
+    phases = {}
+    for name in sorted({**images, **looks}, key=PHASES.index):
+        trained, looked = round(images.get(name, 0)), round(looks.get(name, 0))
+        flops = trained * (of_student if name == "unlearn" else step) + looked * forward
+        phases[name] = PlannedCost(trained, looked, flops, seconds * flops / step)
+    size = sum(value.numel() * value.element_size() for value in whole.values() if isinstance(value, torch.Tensor))
+    kept = batch_size * saved_bytes(network, image)
+    return Plan(phases, str(device), {"decoded samples": items * size / 2**30, "a training step": kept / 2**30})
+
+
+@plain_errors
+def print_plan(prepared: Prepared, plan: Plan) -> None:
+    """Print who would be forgotten, what looks wrong and what it would cost; write nothing."""
     resolution = prepared.resolution
     splits = resolution.splits
     print(
@@ -403,24 +481,19 @@ def print_plan(
     print("would be forgotten: " + ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else ""))
     for warning in resolution.warnings or ["nothing that looks wrong"]:
         print(f"look at: {warning}")
-    first = dataset[0]  # a list where the dataset gives patches
-    sample = (first[0] if isinstance(first, list) else first)["image"].to(device)
-    whole = MemoryDataset(splits["forget"], dataset.transform)[0]["image"].to(device)
-    forward, step = forward_flops(network, whole, inferer), training_flops(network, sample)
-    batch = sample.expand(8, *sample.shape)
-    for _ in range(2):  # the second counts
-        start = time.perf_counter()
-        network.train()(batch).sum().backward()
-        seconds = (time.perf_counter() - start) / len(batch)
+    print(f"{plan}\nnothing was written.")
+
+
+def print_spent(plan: Plan, report: Mapping[str, Any]) -> None:
+    """Print what unlearning took beside what was planned for it."""
+    parts = [plan.phases[name] for name in ("targets", "reference", "unlearn")]
+    cost = report["cost"]
+    if cost["unlearn_seconds"] is None:
+        return
+    flops, seconds = (sum(getattr(one, unit) for one in parts) for unit in ("flops", "seconds"))
     print(
-        f"cost on {device}, one step {step / 1e9:.2f} GFLOP and about {1000 * seconds:.0f} ms an image (measured now):"
-    )
-    for name, number in epochs.items():
-        passes = round(number * images[name])
-        print(f"  {name:<12}{passes:>9,} image passes {passes * step / 1e12:>8.2f} TFLOP {passes * seconds:>7.0f} s")
-    cases = sum(len(splits[name]) for name in ("forget", "retain", "holdout"))
-    print(
-        f"  {'audit':<12}{5 * cases:>9,} forward passes {5 * cases * forward / 1e12:>6.2f} TFLOP\nnothing was written."
+        f"unlearning took {cost['unlearn_flops'] / 1e12:.2f} TFLOP (planned {flops / 1e12:.2f}) and "
+        f"{cost['unlearn_seconds']:.0f} seconds (planned {seconds:.0f})."
     )
 
 

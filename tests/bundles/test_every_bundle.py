@@ -31,6 +31,7 @@ OTHER_NETWORK_OR_SIZE = ("flexible_unet", "segformer", "densenet121", "resnet18"
 FORGET = {
     "chase_unlearn": "02L",
     "hippocampus_unlearn": "PHANTOM_0000003",
+    "isic_unlearn": "PHANTOM_0000003",
     "isic_classification_unlearn": "PHANTOM_0000003,PHANTOM_0000004,PHANTOM_0000005",
 }
 
@@ -405,3 +406,26 @@ def test_the_plan_writes_nothing(bundle, tmp_path, capsys, monkeypatch):
     start(bundle, tmp_path / "out", run_id="plan")
     assert "nothing was written" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_what_unlearning_costs_is_known_before_it_starts(bundle, quick, tmp_path):
+    configs = [str(BUNDLES / bundle / "configs" / "train.json")]
+    given = {"quick": 1, "output_dir": str(tmp_path), "forget_ids": FORGET[bundle]}
+    flow = ConfigWorkflow(configs, workflow_type="train", logging_file=False, **given)
+    flow.initialize()
+    plan = flow.parser.get_parsed_content("planned")
+    cost = report_of(quick(bundle))["cost"]
+    for names, key in ((("targets", "reference", "unlearn"), "unlearn"), (("retrain",), "retrain")):
+        planned = sum(plan.phases[name].flops for name in names)
+        assert planned == pytest.approx(cost[f"{key}_flops"], rel=0.25)
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+def test_several_processes_are_one_overlay_away(bundle, tmp_path, capsys, monkeypatch):
+    overlay = json.loads((BUNDLES / bundle / "configs" / "multi_gpu_train.json").read_text())
+    assert overlay["device"] == "$monai_unlearn.start_processes()" and "finalize" in overlay
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as error:
+        start(bundle, tmp_path, "../multi_gpu_train")
+    assert error.value.code == 2 and "torchrun --nproc_per_node" in capsys.readouterr().err
