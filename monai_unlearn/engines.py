@@ -131,12 +131,12 @@ def training_flops(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None 
     return counter.get_total_flops()
 
 
-def saved_bytes(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None = None) -> int:
-    """Memory that one sample's forward pass keeps for the backward pass, without the weights; counted on a copy.
+def saved_bytes(network: nn.Module, images: Tensor, trunk: FrozenTrunk | None = None) -> int:
+    """Memory that a forward pass keeps for the backward pass, without the weights; counted on a copy.
 
     Args:
         network: what trains is what requires gradients in it.
-        image: one sample, ``(C, *spatial)``.
+        images: a batch, ``(B, C, *spatial)``.
         trunk: of the network, played back; None computes everything.
     """
     probe = copy.deepcopy(network).eval()
@@ -151,9 +151,9 @@ def saved_bytes(network: nn.Module, image: Tensor, trunk: FrozenTrunk | None = N
             alive.append(tensor)
         return tensor
 
-    played = nullcontext() if trunk is None else trunk.played_back(probe, trunk.record(probe, image[None]))
+    played = nullcontext() if trunk is None else trunk.played_back(probe, trunk.record(probe, images))
     with played, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = probe(image[None])
+        output = probe(images)
     del output
     return sum(kept.values())
 

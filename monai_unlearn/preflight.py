@@ -460,7 +460,7 @@ def plan_costs(
         flops = trained * (of_student if name == "unlearn" else step) + looked * forward
         phases[name] = PlannedCost(trained, looked, flops, seconds * flops / step)
     size = sum(value.numel() * value.element_size() for value in whole.values() if isinstance(value, torch.Tensor))
-    kept = batch_size * saved_bytes(network, image)
+    kept = batch_size * saved_bytes(network, image[None])
     return Plan(phases, str(device), {"decoded samples": items * size / 2**30, "a training step": kept / 2**30})
 
 

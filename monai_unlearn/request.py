@@ -226,11 +226,15 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
+NOT_KNOWN = frozenset(("", "unknown", "n/a", "na", "nan", "none", "null"))  # words for a missing value
+
+
 class Rule:
     """A condition on metadata columns, such as ``diagnosis == "melanoma" and age_approx >= 70``.
 
     The text is parsed, never evaluated: comparisons of a column with a constant (``== != < <= > >= in not in``) joined
-    by ``and``, ``or``, ``not`` and parentheses. A missing value makes a comparison unknown, in three-valued logic.
+    by ``and``, ``or``, ``not`` and parentheses. A missing value makes a comparison unknown, in three-valued logic; so
+    does *unknown*, *n/a* and the like in its place, unless the rule asks for that very word.
 
     Args:
         text: the rule.
@@ -293,7 +297,8 @@ class Rule:
         assert isinstance(node, ast.Compare) and isinstance(node.left, ast.Name)  # _check let nothing else through
         column, other = node.left.id, self._constant(node.comparators[0])
         value = item.get(column)
-        if value is None or str(value).strip() == "":
+        named = other if isinstance(other, (list, tuple, set)) else (other,)
+        if value is None or (str(value).strip().lower() in NOT_KNOWN and value not in named):
             return None
         numeric = isinstance(next(iter(other), "") if isinstance(other, (list, tuple, set)) else other, (int, float))
         try:

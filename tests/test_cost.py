@@ -89,16 +89,16 @@ def test_the_retained_set_may_grow_and_the_work_does_not():
 
 def test_a_step_through_the_trunk_keeps_less_than_a_full_step():
     network = UNet(2, 3, 1, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
-    image = torch.rand(3, 96, 128)
+    images = torch.rand(8, 3, 96, 128)
     student = make_student(network, "decoder")
     trunk = FrozenTrunk(student, torch.rand(2, 3, 96, 128))
-    assert 0 < saved_bytes(student, image, trunk) < 0.8 * saved_bytes(network, image)
+    assert 0 < saved_bytes(student, images, trunk) < 0.8 * saved_bytes(network, images)
 
 
 def test_saved_bytes_are_those_of_the_inputs_that_gradients_need():
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Tanh())  # the image, and the output of tanh
-    assert saved_bytes(network, torch.rand(1, 8, 8)) == 4 * 64 + 4 * 2 * 64
-    assert saved_bytes(network.requires_grad_(False), torch.rand(1, 8, 8)) == 0
+    assert saved_bytes(network, torch.rand(1, 1, 8, 8)) == 4 * 64 + 4 * 2 * 64
+    assert saved_bytes(network.requires_grad_(False), torch.rand(1, 1, 8, 8)) == 0
 
 
 def test_samples_beyond_the_budget_are_decoded_again(caplog):
@@ -171,5 +171,5 @@ def test_training_in_bfloat16_learns_what_training_in_float32_learns():
 def test_counting_leaves_the_network_as_it_is():
     network = small_unet()
     before = copy.deepcopy(network.state_dict())
-    saved_bytes(network, torch.rand(3, 16, 16))
+    saved_bytes(network, torch.rand(1, 3, 16, 16))
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
