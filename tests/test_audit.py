@@ -40,7 +40,7 @@ from monai_unlearn.audit import (
 )
 from monai_unlearn.audit.cost import cost_table
 from monai_unlearn.audit.page import render
-from monai_unlearn.audit.report import plain
+from monai_unlearn.audit.report import _patients, plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
 from monai_unlearn.audit.statistics import group_means
 from monai_unlearn.audit.suppression import judge_suppression
@@ -371,6 +371,24 @@ def report(tmp_path_factory):
     return audit(resolution, networks, small_unet(seed=2), draw, phases=phases, data="toy", show_forget=True,
                  loss=nn.BCEWithLogitsLoss(), subgroups=["sex"], key=b"k" * 16,
                  private=tmp_path_factory.mktemp("private"))  # fmt: skip
+
+
+def test_the_retained_cases_can_be_scored_by_sample():
+    items = [{**item, "group": f"p{int(item['image']) // 2}"} for item in ITEMS]
+    holdout = [{"image": str(i), "label": "m", "group": f"h{i}"} for i in range(50, 58)]
+    resolution = Resolution(DeletionRequest({"ids": ["a"]}), items, holdout, [], {})
+    networks = {"original": small_unet(), "unlearned": small_unet(seed=1)}
+    retained = resolution.splits["retain"]
+
+    def scored(**options):
+        return audit(resolution, networks, None, draw, **options)["scores"]["original"]["retain"]["n"]
+
+    assert scored(retain_cases=4) in (4, 5) and scored(retain_cases=99) == scored() == len(retained) == 9
+    samples = [_patients(retained, 4, seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    for sample in samples:  # whole patients only
+        inside = {item["group"] for item in sample}
+        assert [item for item in retained if item["group"] in inside] == sample
 
 
 def test_the_report_holds_what_others_build_on(report):

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
+import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,7 @@ def audit(
     key: bytes | None = None,
     private: str | Path | None = None,
     adapter: str | Path | None = None,
+    retain_cases: int | None = None,
 ) -> dict[str, Any]:
     """Score every model on every split, attack the models, run both controls and reach a verdict.
 
@@ -133,6 +137,8 @@ def audit(
         key: of the pseudonyms in the table of cases; without it they are numbered.
         private: where residual-memory maps of the forget cases are written for viewers; None writes none.
         adapter: the folder of the run's adapter, to say what it would give back.
+        retain_cases: score about so many of the retained cases, a sample of whole patients fixed by ``seed``, so that
+            the audit's cost does not grow with the training set; None scores all.
 
     Returns:
         The report; ``_figures`` holds what the page draws and is left out of the JSON.
@@ -149,7 +155,7 @@ def audit(
     if judges is not None:
         judges.refuse({name: models[name] for name in ("reference", "original", "unlearned") if name in models})
     start, phases = time.perf_counter(), phases or {}
-    splits = resolution.splits
+    splits = {**resolution.splits, "retain": _patients(resolution.splits["retain"], retain_cases, seed)}
     datasets = {name: MemoryDataset(items, transform, store) for name, items in splits.items() if items}
     if "holdout" not in datasets:
         raise RequestError("the audit needs cases that no model was trained on; the holdout is empty.")
@@ -215,7 +221,7 @@ def audit(
         "limits": resolution.request.limits_in_force,
         "data": data,
         "metrics": {name: dict(zip(("unit", "direction", "target"), row)) for name, row in METRICS.items()},
-        "splits": {name: len(items) for name, items in splits.items()},
+        "splits": {name: len(items) for name, items in resolution.splits.items()},
         "groups": {name: len(set(names)) for name, names in groups.items()},
         "scores": {
             name: {split: _summary(rows, groups[split], main, classes) for split, rows in scores[name].items()}
@@ -382,6 +388,18 @@ def _score_all(
         for split, inside in _parts_of_holdout(splits).items():
             rows[split] = rows_of(rows["holdout"], inside)
     return scores
+
+
+def _patients(items: Sequence[Item], number: int | None, seed: int) -> Sequence[Item]:
+    """About ``number`` of the items: whole groups in a drawn order until there are enough; in the items' order."""
+    if number is None or number >= len(items):
+        return items
+    groups = sorted({str(item["group"]) for item in items})
+    random.Random(seed).shuffle(groups)
+    sizes = Counter(str(item["group"]) for item in items)
+    before = itertools.accumulate((sizes[group] for group in groups), initial=0)
+    chosen = {group for group, count in zip(groups, before) if count < number}
+    return [item for item in items if str(item["group"]) in chosen]
 
 
 def _parts_of_holdout(splits: Mapping[str, Sequence[Item]]) -> dict[str, list[bool]]:

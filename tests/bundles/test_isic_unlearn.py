@@ -479,3 +479,41 @@ def test_the_command_line_refuses_in_a_few_plain_lines(tmp_path):
     assert done.returncode == 2
     assert "monai_unlearn: there is no option --forget_idz; did you mean --forget_ids?" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_unlearn_and_audit_what_one_does(quick, tmp_path):
+    """By torchrun over gloo, from the same original and references, with frozen normalisation."""
+    given = {name: str(quick / "models" / f"{name}.pt") for name in ("original", "reference", "judge")}
+    flow = ConfigWorkflow(
+        TRAIN, workflow_type="train", logging_file=False, quick=1, output_dir=str(quick), forget_ids=FORGOTTEN
+    )
+    flow.initialize()
+    resolution = flow.parser.get_parsed_content("resolution")
+    halves = {"training": resolution.training, "validation": resolution.holdout}
+    lists = {name: [{key: item[key] for key in ("image", "label", "group")} for item in items]
+             for name, items in halves.items()}  # fmt: skip
+    (tmp_path / "datalist.json").write_text(json.dumps(lists))
+    options = {
+        "datalist": str(tmp_path / "datalist.json"),
+        "quick": 1, "output_dir": "", "forget_ids": FORGOTTEN, "durability": "standard", "with_retrained": 0,
+        "original_model": given["original"], "reference_models": str([given["reference"], given["judge"]]),
+    }  # fmt: skip
+    folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    for processes, folder in folders.items():
+        overlay = [str(CONFIGS / "multi_gpu_train.json")] if processes > 1 else []
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "monai.bundle", "run", "--config_file", str([TRAIN, *overlay])]
+        for key, value in {**options, "output_dir": str(folder)}.items():
+            command += [f"--{key}", str(value)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("report: ") == 1  # the first process speaks
+    one, two = (read_weights(folder / "models" / "unlearned.pt") for folder in folders.values())
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)  # rounding, through 3 epochs of AdamW
+    alone, together = (report_of(folder) for folder in folders.values())
+    for split in ("forget", "retain", "holdout"):
+        scores = [report["scores"]["unlearned"][split]["mean_iou"] for report in (alone, together)]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-3)
+    assert not list(folders[2].rglob("*.tmp"))

@@ -1,0 +1,416 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""What unlearning costs beside retraining, fine-tuning and the published loops, measured side by side; resumable.
+
+    python benchmarks/speed.py --sections steps growth precision --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg"
+    python benchmarks/speed.py                                # prints the tables of the rows there are
+
+*steps*: one sample of a training step. *growth*: one epoch of unlearning on drawn images, with everything that it
+caches, as sets, images and networks grow, and on several processes. *precision*: a training step in bfloat16, with
+``channels_last``, and compiled. *run*: whole runs of the bundle isic_unlearn with original, references and retrained
+model given (``--models``, a folder with the weights of an earlier run), so that they differ in the unlearning alone.
+*gpu*: larger images and batches, where there is a GPU.
+
+The published loop of Erase to Retain is written anew here from its description: it calls its teacher for every
+retained sample of every epoch. That of the perturbed sign gradients stands in ``boundary_search.py``. Operations are
+counted by torch, seconds are the fastest of three on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import SupervisedTrainer
+from monai.losses import DiceCELoss
+from monai.networks.nets import DenseNet121, FlexibleUNet, SwinUNETR, UNet
+from rows import ROOT, append, costs, finished, markdown, run, share
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from monai_unlearn import (
+    AcrossProcesses,
+    AutocastInferer,
+    DistillationLoss,
+    ForgetRetainSampler,
+    FrozenTrunk,
+    KeepTrunk,
+    MemoryDataset,
+    PrepareUnlearning,
+    ReseedEachEpoch,
+    UnlearningLoss,
+    cache_outputs,
+    make_student,
+    process_rank,
+    seeded,
+    to_background,
+)
+from monai_unlearn.bundle import end_processes, start_processes
+from monai_unlearn.data import store_key
+from monai_unlearn.engines import saved_bytes
+
+ROWS = Path(__file__).with_suffix(".csv")
+BUNDLE = "isic_unlearn"
+
+
+def unet(width: int = 16) -> nn.Module:
+    """The network of isic_unlearn, or a wider one."""
+    return UNet(2, 3, 1, tuple(width * 2**i for i in range(5)), (2, 2, 2, 2), num_res_units=2, norm="batch")
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # network, sample, batch
+    "UNet": (unet, (3, 96, 128), 16),
+    "FlexibleUNet, resnet34": (lambda: FlexibleUNet(3, 1, "resnet34", pretrained=False), (3, 128, 192), 8),
+    "SwinUNETR": (lambda: SwinUNETR(1, 2, feature_size=24, spatial_dims=2), (1, 128, 128), 4),
+    "DenseNet-121": (lambda: DenseNet121(2, 3, 9), (3, 64, 64), 16),
+}
+RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
+    "fine-tuning": (("fine_tune",), {}),
+    "deletion (default)": ((), {}),
+    "Erase to Retain, published loop": (("erase_to_retain_paper",), {"learning_rate": 1e-3}),
+    "Erase to Retain": (("erase_to_retain",), {"unlearn_epochs": 15}),
+    "Erase to Retain, decoder": (("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder"}),
+    "Erase to Retain, decoder, 3 kept for 1": (
+        ("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder", "retain_per_forget": 3},
+    ),
+}  # fmt: skip
+
+
+def fastest(step: Callable[[], Any], device: torch.device, repeat: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one that does not count."""
+    best = float("inf")
+    for place in range(repeat + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if place:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def counted(step: Callable[[], Any]) -> int:
+    """Floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def one_pass(
+    network: nn.Module, image: Tensor, trunk: FrozenTrunk | None = None, features: list[Tensor] | None = None
+) -> None:
+    """Forwards and backwards, with the frozen part played back where it is given."""
+    with nullcontext() if trunk is None or features is None else trunk.played_back(network, features):
+        network(image).square().mean().backward()
+
+
+def steps_of(build: Callable[[], nn.Module], size: tuple[int, ...], batch: int, device: torch.device) -> Iterator[dict]:
+    """A batch of each kind of training step."""
+    network = seeded(build, 0).to(device).eval()
+    image = torch.rand(batch, *size, device=device)
+    with torch.no_grad():
+        output = network(image)
+    everything = copy.deepcopy(network).requires_grad_(True)
+    adapted = make_student(network, "all").to(device)
+    decoder = make_student(network, "decoder").to(device)
+    trunk = FrozenTrunk(decoder, image[:2])
+    features = trunk.record(decoder, image)
+
+    def trained(student: nn.Module, teacher: nn.Module | None = None) -> None:
+        target = output
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(image)
+        (student(image) - target).square().mean().backward()
+
+    def played_back() -> None:
+        with trunk.played_back(decoder, features):
+            trained(decoder)
+
+    kinds: dict[str, tuple[Callable[[], Any], nn.Module, FrozenTrunk | None]] = {
+        "training, all weights": (lambda: trained(everything), everything, None),
+        "Erase to Retain, published step": (lambda: trained(adapted, network), adapted, None),
+        "adapters, teacher kept": (lambda: trained(adapted), adapted, None),
+        "adapters in the decoder, teacher kept": (lambda: trained(decoder), decoder, None),
+        "the same, frozen part kept": (played_back, decoder, trunk),
+    }
+    for name, (step, student, kept) in kinds.items():
+        yield {
+            "row": name, "flops": counted(step) / batch, "seconds": fastest(step, device) / batch,
+            "memory": saved_bytes(student, image, kept) / batch,
+        }  # fmt: skip
+
+
+def epoch(
+    forget: int, retain: int, size: tuple[int, int] = (96, 128), width: int = 16, per_forget: float | None = 3,
+    device: torch.device | None = None,
+) -> dict:  # fmt: skip
+    """One epoch of unlearning on drawn images, in the decoder, with the passes that fill the caches."""
+    device = device or torch.device("cpu")
+    items = [{"image": str(place), "label": "", "forget": place < forget} for place in range(forget + retain)]
+
+    def draw(item: dict) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(int(item["image"]))
+        image = torch.rand(3, *size, generator=generator)
+        return {"image": image, "label": (image[:1] > 0.5).float()}
+
+    original = seeded(lambda: unet(width), 0).to(device).eval()
+    student = make_student(original, "decoder").to(device)
+    sampler = ForgetRetainSampler([item["forget"] for item in items], 4, 12, retain_per_forget=per_forget)
+    shown, store = [items[place] for place in sampler.shown(1)], {}
+    passes = {"images": 0}
+
+    def count(engine: Any) -> None:
+        passes["images"] += len(engine.state.batch["image"])
+
+    def work() -> None:
+        passes["images"] = 0
+        taught = MemoryDataset([item for item in shown if not item["forget"]], draw, store)
+        labels = {store_key(item): torch.zeros(1, *size) for item in items if item["forget"]}
+        targets = {"teacher": cache_outputs(original, taught, device), "forget_label": labels}
+        data = MemoryDataset(items, draw, store, ["forget"], targets)
+        loss = UnlearningLoss(DiceCELoss(sigmoid=True, batch=True), nn.BCEWithLogitsLoss(), DistillationLoss(), 0.3)
+        trainer = SupervisedTrainer(
+            device=device, max_epochs=1, network=student, loss_function=loss, decollate=False,
+            train_data_loader=DataLoader(data, batch_sampler=copy.copy(sampler), num_workers=0),
+            optimizer=torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], 1e-3),
+            prepare_batch=PrepareUnlearning(to_background),
+            train_handlers=[AcrossProcesses(student), ReseedEachEpoch(0), KeepTrunk(student)],
+        )  # fmt: skip
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, count)
+        trainer.run()
+
+    flops = counted(work)
+    return {"flops": flops, "seconds": fastest(work, device, 1), "memory": "", "images": passes["images"]}
+
+
+def growth() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What grows, how the row is called, and the arguments of :func:`epoch`."""
+    for forget in (8, 16, 32, 64):
+        yield "forget set", str(forget), {"forget": forget, "retain": 768}
+    for retain in (96, 192, 384, 768, 1536):
+        yield "retained set", str(retain), {"forget": 16, "retain": retain}
+        yield "retained set, all shown", f"{retain} all", {"forget": 16, "retain": retain, "per_forget": None}
+    for side in (64, 128, 256, 512):
+        yield "image", f"{side} x {side}", {"forget": 8, "retain": 32, "size": (side, side)}
+    for width in (8, 16, 32, 64):
+        yield "network", f"width {width}", {"forget": 8, "retain": 32, "width": width}
+
+
+def on_processes(number: int) -> dict:
+    """The same epoch on several processes of this machine, one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", f"--master_port={port}",
+               __file__, "--as_process"]  # fmt: skip
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    seconds, images = done.stdout.split()[-2:]
+    return {"flops": "", "seconds": float(seconds), "memory": "", "images": int(images) * number}
+
+
+def precision_of(device: torch.device) -> Iterator[dict]:
+    """A training step of the bundle's network, set up in several ways."""
+    image = torch.rand(16, 3, 96, 128, device=device)
+
+    def setting(name: str, channels_last: bool, dtype: str, compiled: bool) -> dict:
+        network, given = seeded(unet, 0).to(device).train(), image
+        if channels_last:
+            network, given = network.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+        inferer = AutocastInferer(dtype=dtype)
+        if compiled:
+            network.compile()
+
+        def step() -> None:
+            inferer(given, network).square().mean().backward()
+
+        start = time.perf_counter()
+        step()
+        first = time.perf_counter() - start
+        return {"row": name, "flops": "", "seconds": fastest(step, device) / len(image), "memory": "", "first": first}
+
+    yield setting("float32", False, "float32", False)
+    yield setting("float32, channels last", True, "float32", False)
+    yield setting("bfloat16, channels last", True, "bfloat16", False)
+    yield setting("float32, channels last, compiled", True, "float32", True)
+    yield setting("bfloat16, channels last, compiled", True, "bfloat16", True)
+
+
+def gpu_rows(device: torch.device) -> Iterator[dict]:
+    """Batches and images up to 512², seconds and memory of a full step and of one with the frozen part kept."""
+    for side in (128, 256, 512):
+        for batch in (1, 8, 32, 128):
+            network = seeded(NETWORKS["FlexibleUNet, resnet34"][0], 0).to(device).eval()
+            image = torch.rand(batch, 3, side, side, device=device)
+            decoder, everything = make_student(network, "decoder").to(device), copy.deepcopy(network)
+            trunk = FrozenTrunk(decoder, torch.rand(2, 3, side, side, device=device))
+            features = trunk.record(decoder, image)
+            everything.requires_grad_(True)
+            played = partial(one_pass, decoder, image, trunk, features)
+            for name, step in (("all weights", partial(one_pass, everything, image)), ("decoder, kept", played)):
+                torch.cuda.reset_peak_memory_stats()
+                flops, seconds = counted(step), fastest(step, device)
+                yield {"setting": f"{side} x {side}, batch {batch}", "row": f"{side} {batch} {name}",
+                       "flops": flops / batch, "seconds": seconds / batch, "share": flops / seconds,
+                       "memory": torch.cuda.max_memory_allocated()}  # fmt: skip
+
+
+def run_row(report: dict) -> dict:
+    """Cost and quality of a whole run."""
+    row = costs(report, ("seconds", "flops"))
+    for model in ("original", "unlearned", "retrained"):
+        for split in ("forget", "retain", "holdout"):
+            row[f"{model}_{split}"] = report["scores"][model][split]["mean_iou"]
+    row["agreement"] = report["agreement"]["unlearned"]["forget"]
+    row["auc"] = report["membership"]["unlearned"]["calibrated"]["auc"]
+    return row | {"verdict": report["verdict"]}
+
+
+COLUMNS = ("section", "setting", "row", "flops", "seconds", "memory", "images", "first", "share", "threads", "device",
+           *(f"{part}_{unit}" for unit in ("seconds", "flops") for part in ("cache", "reference", "train", "retrain")),
+           *(f"{m}_{s}" for m in ("original", "unlearned", "retrained") for s in ("forget", "retain", "holdout")),
+           "agreement", "auc", "verdict")  # fmt: skip
+
+
+def ratio(unit: str, row: dict, base: dict) -> str:
+    """A row's value in the base's, ``–`` where one of them was not measured."""
+    return f"{float(row[unit]) / float(base[unit]):.3f}" if row[unit] and base[unit] else "–"
+
+
+def tables(rows: list[dict]) -> Iterator[str]:
+    """Every section as a table of ratios."""
+
+    def section(name: str) -> dict[str, list[dict]]:
+        found: dict[str, list[dict]] = {}
+        for row in rows:
+            if row["section"] == name:
+                found.setdefault(row["setting"], []).append(row)
+        return found
+
+    for setting, members in section("steps").items():
+        base = members[0]
+        lines = [["step of one sample", "GFLOP", "FLOPs, share", "seconds, share", "kept for the backward pass, share"]]
+        for row in members:
+            shares = [ratio(unit, row, base) for unit in ("flops", "seconds", "memory")]
+            lines.append([row["row"], f"{float(row['flops']) / 1e9:.3f}", *shares])
+        yield f"{setting}\n\n{markdown(lines)}"
+    for setting, members in section("growth").items():
+        lines = [[setting, "images in the epoch", "TFLOP", "TFLOP, first = 1", "seconds, first = 1"]]
+        for row in members:
+            flops = f"{float(row['flops']) / 1e12:.3f}" if row["flops"] else "–"
+            lines.append([row["row"], row["images"], flops,
+                          *(ratio(unit, row, members[0]) for unit in ("flops", "seconds"))])  # fmt: skip
+        yield markdown(lines)
+    for setting, members in section("precision").items():
+        lines = [
+            ["a training step", "ms for one sample", "share", "first step, seconds", "gained back after, steps of 16"]
+        ]
+        base = members[0]
+        for row in members:
+            gain = 16 * (float(base["seconds"]) - float(row["seconds"]))
+            late = f"{(float(row['first']) - float(base['first'])) / gain:.0f}" if gain > 0 and row is not base else "–"
+            lines.append([row["row"], f"{1000 * float(row['seconds']):.2f}", ratio("seconds", row, base),
+                          f"{float(row['first']):.1f}", late])  # fmt: skip
+        yield f"{setting}\n\n{markdown(lines)}"
+    for setting, members in section("run").items():
+        lines = [["run", "FLOPs, share of the retrain", "seconds, share", "forget", "retain",
+                  "holdout", "agreement with the retrained on forget", "AUC", "verdict"]]  # fmt: skip
+        for row in members:
+            whole = [share(row, unit, ("cache", "train")) for unit in ("flops", "seconds")]
+            scores = [row[f"unlearned_{split}"] for split in ("forget", "retain", "holdout")]
+            lines.append([row["row"], *(f"{value:.3f}" for value in whole),
+                          *(f"{float(value):.3f}" for value in (*scores, row["agreement"], row["auc"])),
+                          row["verdict"]])  # fmt: skip
+        for model in ("original", "retrained"):
+            scores = [members[0][f"{model}_{split}"] for split in ("forget", "retain", "holdout")]
+            lines.append([model, "", "", *(f"{float(value):.3f}" for value in scores), "", "", ""])
+        yield f"{setting}\n\n{markdown(lines)}"
+    for setting, members in section("gpu").items():
+        lines = [[setting, "ms for one sample", "TFLOP/s", "peak GiB"]]
+        for row in members:
+            lines.append([row["row"], f"{1000 * float(row['seconds']):.3f}", f"{float(row['share']) / 1e12:.2f}",
+                          f"{float(row['memory']) / 2**30:.2f}"])  # fmt: skip
+        yield markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("steps", "growth", "precision", "run", "gpu")
+    parser.add_argument("--sections", nargs="+", choices=names, default=[])
+    parser.add_argument("--dataset_dir", help="ISIC 2018 pairs, for the section run")
+    parser.add_argument("--models", type=Path, help="folder with original, reference, judge and retrained model")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser.add_argument("--as_process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.as_process:
+        row = epoch(16, 96, device=start_processes())
+        if process_rank() == 0:
+            print(row["seconds"], row["images"])
+        end_processes()
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def missing(section: str, setting: str, name: str) -> bool:
+        there = {(row["section"], row["setting"], row["row"]) for row in finished(ROWS)}
+        return section in arguments.sections and (section, setting, name) not in there
+
+    def keep(section: str, setting: str, row: dict) -> None:
+        found = {
+            "section": section,
+            "setting": setting,
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+            **row,
+        }
+        append(ROWS, {name: found.get(name, "") for name in COLUMNS})
+
+    for name, (build, size, batch) in NETWORKS.items():
+        setting = f"{name}, {' x '.join(map(str, size[1:]))}, batch {batch}"
+        if missing("steps", setting, "the same, frozen part kept"):
+            for row in steps_of(build, size, batch, device):
+                keep("steps", setting, row)
+    for setting, name, options in growth():
+        if missing("growth", setting, name):
+            keep("growth", setting, {"row": name, **epoch(**options, device=device)})
+    for number in (1, 2):
+        if missing("growth", "processes", f"{number} processes"):
+            keep("growth", "processes", {"row": f"{number} processes", **on_processes(number)})
+    if missing("precision", "UNet, 96 x 128, batch 16", "float32"):
+        for row in precision_of(device):
+            keep("precision", "UNet, 96 x 128, batch 16", row)
+    if arguments.dataset_dir and arguments.models:
+        files = {name: str((arguments.models / f"{name}.pt").resolve()) for name in ("original", "reference", "judge",
+                                                                                    "retrained")}  # fmt: skip
+        given = {"original_model": files["original"], "retrained_model": files["retrained"], "forget_fraction": 0.1,
+                 "reference_models": str([files["reference"], files["judge"]]), "relearn_steps": 0}  # fmt: skip
+        for name, (overlays, options) in RUNS.items():
+            if missing("run", "isic_unlearn, 96 x 128", name):
+                folder = arguments.output_dir / "".join(one if one.isalnum() else "_" for one in name)
+                report = run(BUNDLE, overlays, arguments.dataset_dir, folder, **given, **options)
+                keep("run", "isic_unlearn, 96 x 128", {"row": name, **run_row(report)})
+    if device.type == "cuda" and "gpu" in arguments.sections:
+        for row in gpu_rows(device):
+            keep("gpu", row.pop("setting"), row)
+    for text in tables(finished(ROWS)):
+        print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
