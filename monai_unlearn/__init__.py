@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a trained MONAI model forget chosen patients, devices or classes, with evidence."""
 
-from . import audit
+from . import audit, monai_label
 from .audit import reference_parts, write_report
 from .boundary import (
     BoundaryMargin,
@@ -95,6 +95,7 @@ from .losses import (
     TeacherWeightedBackgroundLoss,
     UnlearningLoss,
 )
+from .monai_label import follow_monai_label
 from .preflight import (
     finish,
     normalise_arguments,
@@ -190,6 +191,7 @@ __all__ = [
     "finish",
     "fit_calibration",
     "fold_networks",
+    "follow_monai_label",
     "freeze_norm",
     "frozen",
     "given_reference",
@@ -212,6 +214,7 @@ __all__ = [
     "mask_logits",
     "mean_gradient",
     "merge_lora",
+    "monai_label",
     "normalise_arguments",
     "num_processes",
     "own_share",

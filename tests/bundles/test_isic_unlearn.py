@@ -510,8 +510,11 @@ def test_two_processes_unlearn_and_audit_what_one_does(quick, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("report: ") == 1  # the first process speaks
+    original = read_weights(quick / "models" / "original.pt")
     one, two = (read_weights(folder / "models" / "unlearned.pt") for folder in folders.values())
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)  # rounding, through 3 epochs of AdamW
+    moved, apart = (sum(float((a[key] - b[key]).double().square().sum()) for key in a)
+                    for a, b in ((one, original), (two, one)))  # fmt: skip
+    assert apart**0.5 < 0.01 * moved**0.5  # rounding, through 3 epochs of AdamW
     alone, together = (report_of(folder) for folder in folders.values())
     for split in ("forget", "retain", "holdout"):
         scores = [report["scores"]["unlearned"][split]["mean_iou"] for report in (alone, together)]
