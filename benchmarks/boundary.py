@@ -8,8 +8,8 @@
 Resumable: one CSV row per finished run. MONAI's ResNet-18 at 64 × 64; the three jobs of a seed share the original. A
 second retrained model of another seed gives the floor: how far two models that never saw the set lie apart.
 ``legacy`` is the published code's behaviour; ``legacy, statistics put back`` is the same model with the original's
-running statistics. The sweep forgets a share of the class *nevus* by hard labels. Relearning, which the tables do not
-hold, is left out of these audits.
+running statistics. The sweep forgets a share of the class *nevus* by hard labels; ``--figure`` draws it. Relearning,
+which the tables do not hold, is left out of these audits.
 """
 
 from __future__ import annotations
@@ -130,12 +130,35 @@ def sweep_table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
+def sweep_figure(rows: list[dict], path: Path) -> None:
+    """Accuracy on forget and retain set, and the calibrated attack, over the share of the class that is forgotten."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = sorted(rows, key=lambda row: int(row["method"]))
+    shares = [int(row["method"]) for row in rows]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    fields = ("forget_accuracy", "retain_accuracy", "auc")
+    titles = ("accuracy, forget", "accuracy, retain", "calibrated attack, AUC")
+    for axis, field, title in zip(axes, fields, titles):
+        for model, colour in (("original", "#888888"), ("retrained", "#1b7837"), ("unlearned", "#c51b7d")):
+            values = [float(row[f"{model}_{field}"]) if row[f"{model}_{field}"] else float("nan") for row in rows]
+            axis.plot(shares, values, "o-", color=colour, label=model, markersize=4)
+        axis.set(title=title, xlabel=f"share of {SWEPT} forgotten, %", ylim=(0, 1.05))
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", help="the nine-class folders; without it the tables are printed")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
     parser.add_argument("--jobs", nargs="+", choices=[*JOBS, "sweep"], default=[*JOBS, "sweep"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--figure", type=Path, help="where to draw the sweep, a PNG file")
     parser.add_argument("--rows", nargs="+", help="only these methods, or shares of the sweep")
     arguments = parser.parse_args()
 
@@ -191,6 +214,8 @@ def main() -> None:
     swept = [row for row in finished(ROWS) if row["job"] == "sweep"]
     if swept:
         print(f"\nshare of {SWEPT}\n\n{sweep_table(swept)}")
+        if arguments.figure:
+            sweep_figure(swept, arguments.figure)
 
 
 if __name__ == "__main__":

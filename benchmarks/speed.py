@@ -325,9 +325,10 @@ def tables(rows: list[dict]) -> Iterator[str]:
         base = members[0]
         for row in members:
             gain = 16 * (float(base["seconds"]) - float(row["seconds"]))
-            late = f"{(float(row['first']) - float(base['first'])) / gain:.0f}" if gain > 0 and row is not base else "–"
+            late = (float(row["first"]) - float(base["first"])) / gain if gain > 0 else float("nan")
+            gained = "–" if row is base or gain <= 0 else "at once" if late < 1 else f"{late:.0f}"
             lines.append([row["row"], f"{1000 * float(row['seconds']):.2f}", ratio("seconds", row, base),
-                          f"{float(row['first']):.1f}", late])  # fmt: skip
+                          f"{float(row['first']):.1f}", gained])  # fmt: skip
         yield f"{setting}\n\n{markdown(lines)}"
     for setting, members in section("run").items():
         lines = [["run", "FLOPs, share of the retrain", "seconds, share", "forget", "retain",

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""A MONAI Label server on this machine with a bundle of ours in it: ``python -m monai_unlearn.label_server``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from .datasets import make_isic_phantom
+from .request import RequestError
+
+
+def make_studies(folder: Path, number: int = 60) -> Path:
+    """Draw the phantom as MONAI Label wants images and masks: ``<id>.png`` and ``labels/final/<id>.png``."""
+    drawn = Path(make_isic_phantom(folder / "phantom", number=number))
+    studies = folder / "studies"
+    (studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
+    for path in sorted((drawn / "ISIC2018_Task1-2_Training_Input").iterdir()):
+        mask = drawn / "ISIC2018_Task1_Training_GroundTruth" / f"{path.stem}_segmentation.png"
+        Image.open(path).save(studies / f"{path.stem}.png")
+        shutil.copy(mask, studies / "labels" / "final" / f"{path.stem}.png")
+    return studies
+
+
+def server_command(bundle: Path, folder: Path, studies: Path | None = None, port: int = 8123) -> list[str]:
+    """Lay out the ``monaibundle`` app with a bundle in ``folder`` and give the command that serves it on 127.0.0.1.
+
+    Args:
+        bundle: one of this project's bundles; it is copied.
+        folder: of the app; what is there is kept.
+        studies: images, with masks in ``labels/final``; None draws the phantom.
+        port: to listen on.
+
+    Raises:
+        RequestError: when MONAI Label is not installed in this environment.
+    """
+    if find_spec("monailabel") is None:
+        raise RequestError(f"MONAI Label is not installed for {sys.executable}; see docs/monai_label.md.")
+    program = [sys.executable, "-m", "monailabel.main"]
+    app = folder / "apps" / "monaibundle"
+    if not app.exists():
+        subprocess.run([*program, "apps", "--download", "--name", app.name, "--output", str(app.parent)], check=True)
+    model = app / "model" / bundle.name
+    if not model.exists():
+        shutil.copytree(bundle, model, ignore=shutil.ignore_patterns("output"))
+    return [
+        *program, "start_server", "--app", str(app), "--studies", str(studies or make_studies(folder)),
+        "--conf", "models", bundle.name, "--conf", "sam2", "false", "--conf", "zoo_source", "local",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """That of the server: its tasks call a bare ``python``, which has to be this one."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def main() -> None:
+    """Serve a bundle in MONAI Label on this machine, with the phantom where no studies are given."""
+    parser = argparse.ArgumentParser(prog="python -m monai_unlearn.label_server", description=main.__doc__)
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/isic_unlearn"))
+    parser.add_argument("--folder", type=Path, default=Path("monai_label"), help="where app and phantom are put")
+    parser.add_argument("--studies", type=Path, help="images, with masks in labels/final; default: the phantom")
+    parser.add_argument("--port", type=int, default=8123)
+    given = parser.parse_args()
+    command = server_command(given.bundle.resolve(), given.folder.resolve(), given.studies, given.port)
+    os.execve(command[0], command, environment())
+
+
+if __name__ == "__main__":
+    main()
