@@ -23,7 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .data import evaluating
+from .data import MemoryDataset, evaluating
 from .distributed import process_rank
 
 logger = logging.getLogger(__name__)
@@ -212,14 +212,14 @@ class TrunkInferer(Inferer):
 class KeepTrunk:
     """Record a trainer's :class:`FrozenTrunk` when training starts, and play it back in every step.
 
-    Where everything trains, where samples are drawn at random anew each time (give the dataset ``views``), where the
-    network is compiled, or where it would take more memory than allowed, the trainer trains as without it;
-    :meth:`report` says which.
+    Where everything trains, where samples are drawn at random anew each time (give the dataset ``views``) or differ in
+    size, where the network is compiled or its frozen part cannot be told apart, or where it would take more memory than
+    allowed, the trainer trains as without it; :meth:`report` says which.
 
     Args:
         network: the student.
         budget: GiB of host memory for what is kept.
-        batch_size: samples recorded at a time.
+        batch_size: samples recorded at a time (where the dataset makes patches, so many times these).
 
     Raises:
         ValueError: when the budget is negative.
@@ -239,48 +239,58 @@ class KeepTrunk:
     def __call__(self, engine: Engine) -> None:
         trainer: Any = engine
         dataset = trainer.data_loader.dataset
-        if self.network._compiled_call_impl is not None:
-            self.outcome = "the network is compiled"
-            return
-        if dataset.random_transform is not None and dataset.views is None:
-            self.outcome = "samples are drawn anew each time"
-            return
         shown = getattr(trainer.data_loader.batch_sampler, "shown", lambda epochs: range(len(dataset)))
         places = [(index, view) for index in shown(engine.state.max_epochs) for view in range(dataset.views or 1)]
-        samples = [
-            (dataset.feature_key(index, view, patch), sample["image"])
-            for index, view in places
-            for patch, sample in enumerate(_as_list(dataset.view(index, view)))
-        ]
-        device = next(self.network.parameters()).device
-        if len(samples) < 2:
-            self.outcome = "there is one sample only"
+        try:
+            self.trunk = self._found(dataset, places)
+        except _NotKept as reason:
+            self.outcome = str(reason)
+            logger.info("the frozen part is computed in every step: %s.", reason)
             return
-        first = torch.stack([image for _, image in samples[:2]]).to(device)
-        self._image = first[0]
-        trunk = FrozenTrunk(self.network, first)
-        if not trunk:
-            self.outcome = "everything trains"
-            return
-        size = sum(one[0].numel() * one.element_size() for one in trunk.record(self.network, first))
-        self.gib = size * len(samples) / 2**30
-        if self.gib > self.budget:
-            self.outcome = f"{self.gib:.2f} GiB would be needed, {self.budget} are allowed"
-            logger.info("the frozen part is computed in every step: %s (cache_gib).", self.outcome)
-            return
-        dataset.features = self._record(trunk, samples, device)
-        self.trunk, self.scored, self.outcome = trunk, len(samples), f"{trunk.kept} tensors of a sample"
-        trainer.inferer = TrunkInferer(trunk, trainer.inferer)
+        dataset.features = self._record(self.trunk, dataset, places)
+        self.scored = len(next(iter(dataset.features.values())))
+        self.outcome = f"{self.trunk.kept} tensors of a sample"
+        trainer.inferer = TrunkInferer(self.trunk, trainer.inferer)
         trainer.prepare_batch = _HandOnFeatures(trainer.prepare_batch)
 
+    def _found(self, dataset: MemoryDataset, places: Sequence[tuple[int, int]]) -> FrozenTrunk:
+        if all(parameter.requires_grad for parameter in self.network.parameters()):
+            raise _NotKept("everything trains")
+        if self.network._compiled_call_impl is not None:
+            raise _NotKept("the network is compiled")
+        if dataset.random_transform is not None and dataset.views is None:
+            raise _NotKept("samples are drawn anew each time")
+        patches = len(_as_list(dataset.view(*places[0])))
+        first = [sample["image"] for place in places[:2] for sample in _as_list(dataset.view(*place))][:2]
+        if len(first) < 2 or first[0].shape != first[1].shape:
+            raise _NotKept("there are no two samples of one size")
+        images = torch.stack(first).to(next(self.network.parameters()).device)
+        self._image = images[0]
+        try:
+            trunk = FrozenTrunk(self.network, images)
+        except ValueError as error:
+            raise _NotKept(str(error)) from error
+        if not trunk:
+            raise _NotKept("everything trains")
+        size = sum(one[0].numel() * one.element_size() for one in trunk.record(self.network, images))
+        self.gib = size * len(places) * patches / 2**30
+        if self.gib > self.budget:
+            raise _NotKept(f"{self.gib:.2f} GiB would be needed, {self.budget} are allowed (cache_gib)")
+        return trunk
+
     def _record(
-        self, trunk: FrozenTrunk, samples: Sequence[tuple[Any, Tensor]], device: torch.device
+        self, trunk: FrozenTrunk, dataset: MemoryDataset, places: Sequence[tuple[int, int]]
     ) -> dict[str, dict[Any, Tensor]]:
         features: dict[str, dict[Any, Tensor]] = {f"{FEATURE}{place}": {} for place in range(trunk.kept)}
-        starts = range(0, len(samples), self.batch_size)
-        for start in tqdm(starts, "frozen part", leave=False, disable=process_rank() > 0):
-            rows = samples[start : start + self.batch_size]
-            found = trunk.record(self.network, torch.stack([image for _, image in rows]).to(device))
+        for start in tqdm(
+            range(0, len(places), self.batch_size), "frozen part", leave=False, disable=process_rank() > 0
+        ):
+            rows = [
+                (dataset.feature_key(index, view, patch), sample["image"])
+                for index, view in places[start : start + self.batch_size]
+                for patch, sample in enumerate(_as_list(dataset.view(index, view)))
+            ]
+            found = trunk.record(self.network, torch.stack([image for _, image in rows]).to(self._image.device))
             for values, tensor in zip(features.values(), found):
                 values |= {key: one.clone() for (key, _), one in zip(rows, tensor.cpu())}
         return features
@@ -310,6 +320,10 @@ class _HandOnFeatures:
 
 def _as_list(found: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
+
+
+class _NotKept(Exception):
+    """Why nothing is recorded."""
 
 
 class _AllRecorded(Exception):

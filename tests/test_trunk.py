@@ -9,7 +9,7 @@ from monai.transforms import RandSpatialCropSamplesd
 from torch import nn
 from toy import dataset, unlearning_trainer
 
-from monai_unlearn import make_student, weights_digest
+from monai_unlearn import compiled, make_student, weights_digest
 from monai_unlearn.engines import run_phase, training_flops
 from monai_unlearn.trunk import FrozenTrunk, KeepTrunk, TrunkInferer
 
@@ -81,6 +81,17 @@ class Strange(nn.Module):
         with torch.no_grad():
             moved = x + self.last.bias
         return self.last(self.first(moved))
+
+
+class Frozen(nn.Module):
+    """As wide as the drawn samples, and noisy."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 1, 1).requires_grad_(False), nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x + torch.rand_like(x)))
 
 
 class Noisy(nn.Module):
@@ -190,3 +201,24 @@ def test_random_views_are_kept_patch_by_patch(tmp_path):
     assert record["reports"]["trunk"]["samples"] == 12 * 2 * 2
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=1e-5, atol=1e-5)
     assert "anew each time" in trained("anew", None, KeepTrunk)[0]["reports"]["trunk"]["outcome"]
+
+
+def test_patches_of_volumes_are_kept_too():
+    network = UNet(3, 1, 2, (4, 8, 16), (2, 2), num_res_units=1, norm="batch").eval()
+    student, images = make_student(network, "decoder"), torch.rand(3, 1, 16, 16, 16)
+    trunk = FrozenTrunk(student, images[:2])
+    with trunk.played_back(student, trunk.record(network, images)):
+        short = student(images)
+    torch.testing.assert_close(short, student(images))
+    assert trunk.kept == 2  # the first level's skip connection, and all below it
+
+
+def test_a_network_that_is_refused_or_compiled_trains_as_before(tmp_path):
+    trainer = unlearning_trainer(Frozen(), handlers=[])
+    for network, outcome in (
+        (Frozen(), "cannot be kept"),
+        (compiled(make_student(small_unet(), "decoder")), "compiled"),
+    ):
+        handler = KeepTrunk(network)
+        handler(trainer)
+        assert outcome in handler.report()["outcome"] and not isinstance(trainer.inferer, TrunkInferer)
