@@ -119,14 +119,14 @@ def bars(rows: list[dict], job: str) -> str:
 
 def sweep_table(rows: list[dict]) -> str:
     """Forget, retain and attack over the share of the class that is forgotten."""
-    lines = [["share of the class", "forget: original", "unlearned", "retrained", "retain: unlearned", "retrained",
+    lines = [["share of the class, %", "forget: original", "unlearned", "retrained", "retain: unlearned", "retrained",
               "AUC: original", "unlearned", "retrained", "verdict"]]  # fmt: skip
     for row in sorted(rows, key=lambda row: int(row["method"])):
         names = [f"{m}_forget_accuracy" for m in ("original", "unlearned", "retrained")]
         names += [f"{m}_retain_accuracy" for m in ("unlearned", "retrained")]
         names += [f"{m}_auc" for m in ("original", "unlearned", "retrained")]
         values = [f"{float(row[name]):.3f}" if row[name] else "–" for name in names]
-        lines.append([f"{row['method']} %", *values, row["verdict"]])
+        lines.append([row["method"], *values, row["verdict"]])
     return markdown(lines)
 
 
