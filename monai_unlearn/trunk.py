@@ -101,7 +101,7 @@ class FrozenTrunk:
                 call = (name, counts[name])
                 counts[name] += 1
                 if call in self._kept:
-                    found[call] = [one.clone() for one in tree_leaves(output) if isinstance(one, Tensor)]
+                    found[call] = [one.clone() for one in _tensors(output)]
                     if len(found) == len(self._kept):
                         raise _AllRecorded
 
@@ -174,8 +174,11 @@ class FrozenTrunk:
             if _by_chance(module):
                 module.eval()
         whole = tree_leaves(network(images))
-        with self.played_back(network, features):
-            short = tree_leaves(network(images))
+        try:
+            with self.played_back(network, features):
+                short = tree_leaves(network(images))
+        except Exception as error:
+            raise ValueError("what this network computes before it trains cannot be told from the rest.") from error
         if not all(torch.equal(a, b) for a, b in zip(whole, short, strict=True) if isinstance(a, Tensor)):
             raise ValueError(
                 "what this network computes before it trains changes from pass to pass or with what trains; it cannot "
@@ -318,6 +321,16 @@ class _HandOnFeatures:
         return image, target, args, {**more, "features": features}
 
 
+def _versions(tree: Any) -> dict[int, int]:
+    """How often each tensor of a tree has been changed in place; looking does not count as reading."""
+    with torch._C.DisableTorchFunction():
+        return {id(one): one._version for one in _tensors(tree)}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, Tensor)]
+
+
 def _as_list(found: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
@@ -342,30 +355,35 @@ def _by_chance(module: nn.Module) -> bool:
 
 @contextmanager
 def _hooked(network: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
-    """Hooks with the module's name and call number as first arguments, on every module but the network itself."""
+    """Hooks on every module but the network itself: ``before`` gets its name and call number and the module, ``after``
+    also which of its inputs its output holds untouched, and the output.
+    """
     started: Counter[str] = Counter()
-    running: dict[str, list[int]] = {}
+    running: dict[str, list[tuple[int, dict[int, int]]]] = {}
     with ExitStack() as stack:
         for name, module in network.named_modules():
             if not name:
                 continue
 
-            def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
+            def enter(module: nn.Module, inputs: Any, kwargs: Any, name: str = name) -> None:
                 number = started[name]
                 started[name] += 1
-                running.setdefault(name, []).append(number)
+                given = _versions((inputs, kwargs))
+                running.setdefault(name, []).append((number, given))
                 before((name, number), module)
 
             def leave(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
-                return after((name, running[name].pop()), module, output)
+                number, given = running[name].pop()
+                untouched = {one for one, version in _versions(output).items() if given.get(one) == version}
+                return after((name, number), module, untouched, output)
 
-            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         yield
 
 
 def _frozen_calls(probe: nn.Module, images: Tensor) -> set[Call]:
-    """The outermost calls of a forward pass whose outputs require no gradient."""
+    """The outermost calls of a forward pass whose outputs require no gradient; not those that hand on what they got."""
     open_calls: list[Call] = []
     parents: dict[Call, list[Call]] = {}
     frozen: list[Call] = []
@@ -374,15 +392,15 @@ def _frozen_calls(probe: nn.Module, images: Tensor) -> set[Call]:
         parents[call] = list(open_calls)
         open_calls.append(call)
 
-    def after(call: Call, module: nn.Module, output: Any) -> Any:
+    def after(call: Call, module: nn.Module, untouched: set[int], output: Any) -> Any:
         open_calls.pop()
-        tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
+        tensors = _tensors(output)
         if _by_chance(module):
             return tree_map(
                 lambda one: one.detach().requires_grad_().clone()
                 if isinstance(one, Tensor) and one.is_floating_point() else one, output,
             )  # fmt: skip
-        if tensors and not any(one.requires_grad for one in tensors):
+        if tensors and not untouched and not any(one.requires_grad for one in tensors):
             frozen.append(call)
         return None
 
@@ -417,7 +435,7 @@ def _read_calls(probe: nn.Module, images: Tensor, frozen: set[Call]) -> dict[Cal
     def before(call: Call, module: nn.Module) -> None:
         reading.inside += call in frozen
 
-    def after(call: Call, module: nn.Module, output: Any) -> None:
+    def after(call: Call, module: nn.Module, untouched: set[int], output: Any) -> None:
         if call in frozen:
             outputs[call] = tree_flatten(output)
             for one in outputs[call][0]:

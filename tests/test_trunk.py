@@ -9,7 +9,7 @@ from monai.transforms import RandSpatialCropSamplesd
 from torch import nn
 from toy import dataset, unlearning_trainer
 
-from monai_unlearn import compiled, make_student, weights_digest
+from monai_unlearn import compiled, make_restorable, make_student, weights_digest
 from monai_unlearn.engines import run_phase, training_flops
 from monai_unlearn.trunk import FrozenTrunk, KeepTrunk, TrunkInferer
 
@@ -124,6 +124,45 @@ def test_dropout_and_statistics_of_the_batch_are_computed_in_every_step(by_chanc
     assert FrozenTrunk(frozen_then_trained(nn.Dropout(0.0), nn.ReLU(inplace=True)), torch.rand(2, 3, 8, 8)).skipped == [
         "0"
     ]
+
+
+class Residual(nn.Module):
+    """The frozen layer's output is read twice, once through another module."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.frozen, self.between = nn.Conv2d(1, 2, 1).requires_grad_(False), between
+        self.trained = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x = self.frozen(x)
+        return self.between(x) + self.trained(x)
+
+
+def test_a_layer_that_changes_what_others_read_is_refused():
+    with pytest.raises(ValueError, match="cannot be told from the rest"):
+        FrozenTrunk(Residual(nn.ReLU(inplace=True)), torch.rand(3, 1, 4, 4))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.0)])
+def test_a_module_that_hands_on_its_input_is_no_place_to_cut(between):
+    network, images = Residual(between), torch.rand(3, 1, 4, 4)
+    trunk = FrozenTrunk(network, images)
+    assert trunk.skipped == ["frozen"]
+    for _ in range(2):  # what is kept is not changed by being used
+        with trunk.played_back(network, trunk.record(network, images)):
+            short = network(images)
+        torch.testing.assert_close(short, network(images))
+
+
+def test_the_head_alone_of_a_residual_unet_is_trained_through_the_trunk():
+    network, images = bundle_unet().eval(), torch.rand(3, 3, 32, 48)
+    restored = make_restorable(network)
+    trunk = FrozenTrunk(restored, images[:2])
+    with trunk.played_back(restored, trunk.record(network, images)):
+        short = restored(images)
+    torch.testing.assert_close(short, restored(images))
+    assert trunk.kept == 1
 
 
 def test_a_module_called_twice_is_skipped_only_where_its_input_is_frozen():
