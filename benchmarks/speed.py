@@ -399,7 +399,8 @@ def main() -> None:
     if arguments.dataset_dir and arguments.models:
         files = {name: str((arguments.models / f"{name}.pt").resolve()) for name in ("original", "reference", "judge",
                                                                                     "retrained")}  # fmt: skip
-        given = {"original_model": files["original"], "retrained_model": files["retrained"], "forget_fraction": 0.1, "holdout_fold": 4,
+        given = {"original_model": files["original"], "retrained_model": files["retrained"], "forget_fraction": 0.1,
+                 "holdout_fold": 4,
                  "reference_models": str([files["reference"], files["judge"]]), "relearn_steps": 0}  # fmt: skip
         for name, (overlays, options) in RUNS.items():
             if missing("run", "isic_unlearn, 96 x 128", name):
