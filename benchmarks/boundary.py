@@ -87,9 +87,10 @@ def table(rows: list[dict], job: str) -> str:
     for method in [*OURS.get(job, {}), COMPOSED, *CONTROLS]:
         chosen = [row for row in rows if row["method"] == method]
         if chosen:
-            cost = sum(share(row, "flops") for row in chosen) / len(chosen)
+            known = all(row["train_flops"] for row in chosen)  # what was composed of models that were given has none
+            cost = f"{sum(share(row, 'flops') for row in chosen) / len(chosen):.3f}" if known else "–"
             verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
-            lines.append([method, *(cell(chosen, f"unlearned_{c}") for c in columns), f"{cost:.3f}",
+            lines.append([method, *(cell(chosen, f"unlearned_{c}") for c in columns), cost,
                           str(len(chosen)), verdicts])  # fmt: skip
     return markdown(lines)
 
