@@ -83,23 +83,12 @@ class Strange(nn.Module):
         return self.last(self.first(moved))
 
 
-class Frozen(nn.Module):
-    """As wide as the drawn samples, and noisy."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 1, 1).requires_grad_(False), nn.Conv2d(1, 1, 1)
-
-    def forward(self, x):
-        return self.last(self.first(x + torch.rand_like(x)))
-
-
 class Noisy(nn.Module):
     """Noise that no module's settings tell of."""
 
-    def __init__(self):
+    def __init__(self, channels=1):
         super().__init__()
-        self.first, self.last = nn.Conv2d(1, 1, 1).requires_grad_(False), nn.Conv2d(1, 1, 1)
+        self.first, self.last = nn.Conv2d(channels, 1, 1).requires_grad_(False), nn.Conv2d(1, 1, 1)
 
     def forward(self, x):
         return self.last(self.first(x + torch.rand_like(x)))
@@ -253,9 +242,9 @@ def test_patches_of_volumes_are_kept_too():
 
 
 def test_a_network_that_is_refused_or_compiled_trains_as_before(tmp_path):
-    trainer = unlearning_trainer(Frozen(), handlers=[])
+    trainer = unlearning_trainer(Noisy(3), handlers=[])
     for network, outcome in (
-        (Frozen(), "cannot be kept"),
+        (Noisy(3), "cannot be kept"),
         (compiled(make_student(small_unet(), "decoder")), "compiled"),
     ):
         handler = KeepTrunk(network)
