@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from monai.utils import evenly_divisible_all_gather
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -84,28 +85,20 @@ class GatheredLoss(nn.Module):
     def forward(self, input: Tensor, target: Any) -> Tensor:
         """The loss of the whole batch."""
         parts: tuple[Any, ...] = target if isinstance(target, tuple) else (target,)
-        counts = [torch.zeros(1, dtype=torch.long, device=input.device) for _ in range(num_processes())]
-        dist.all_gather(counts, torch.tensor([len(input)], device=input.device))
-        numbers = [int(one) for one in counts]
-        predicted = _gather(input, numbers)
-        whole: list[Any] = [None if one is None else _gather(one, numbers) for one in parts]
+        predicted = _gather(input)
+        whole: list[Any] = [None if one is None else _gather(one) for one in parts]
         real = (whole[0] != -1).flatten(1).any(1)
         chosen: list[Any] = [None if one is None else one[real] for one in whole]
         return self.loss(predicted[real], type(target)(*chosen) if isinstance(target, tuple) else chosen[0])
 
 
-def _gather(mine: Tensor, numbers: Sequence[int]) -> Tensor:
+def _gather(mine: Tensor) -> Tensor:
     """Rows of all processes in the order of their ranks; those of the others are constants."""
     plain = mine.detach()
-    if plain.dtype == torch.bool:
-        plain = plain.to(torch.uint8)
-    padded = plain.new_zeros(max(numbers), *plain.shape[1:])
-    padded[: len(plain)] = plain
-    rows = [torch.empty_like(padded) for _ in numbers]
-    dist.all_gather(rows, padded.contiguous())
-    found = [one[:number].to(mine.dtype) for one, number in zip(rows, numbers)]
-    found[process_rank()] = mine
-    return torch.cat(found)
+    found = evenly_divisible_all_gather(plain.to(torch.uint8) if plain.dtype == torch.bool else plain, concat=False)
+    rows = [one.to(mine) for one in found]
+    rows[process_rank()] = mine
+    return torch.cat(rows)
 
 
 class AcrossProcesses:
