@@ -177,6 +177,10 @@ def test_nothing_in_the_package_unpickles_or_evaluates():
                 if name == "torch.load":
                     assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), path
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                assert "pickle" not in ast.unparse(node), path
+                names = {alias.name for alias in node.names} - {
+                    "pickle_hashing",
+                    "pickletools",
+                }  # a hash, and a reader of opcodes
+                assert not any("pickle" in name for name in (*names, getattr(node, "module", None) or "")), path
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None and ast.unparse(node.body) != "pass", path
