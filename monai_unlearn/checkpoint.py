@@ -7,10 +7,12 @@ Nothing here unpickles: weights and checkpoints are read with ``weights_only=Tru
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .distributed import process_rank
@@ -36,6 +39,9 @@ def atomic_path(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
 
     A killed process leaves the old file, or none, and at most a temporary file, which the next write removes. Of
     several processes the first one writes; what the others put there is dropped.
+
+    Raises:
+        CheckpointError: when the disk is full; the file that was there is kept.
     """
     path = Path(path)
     if process_rank() > 0:
@@ -59,8 +65,57 @@ def atomic_path(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"{path} could not be written: {os.strerror(error.errno)}, {free:,} bytes are free. What was there before "
+            "is kept; make room and run the same command again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: str | Path, needed: int) -> None:
+    """Refuse to start what would not fit on the disk.
+
+    Raises:
+        CheckpointError: with the bytes that are free and needed.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} lies on a disk with {free:,} bytes free, and {needed:,} are needed; make room, or give another "
+            "output_dir."
+        )
+
+
+_held: dict[Path, FileLock] = {}
+
+
+def hold_folder(folder: str | Path) -> None:
+    """Keep other processes from working in a folder until this one ends, however it ends.
+
+    Raises:
+        CheckpointError: when another process works there.
+    """
+    folder = Path(folder).resolve()
+    if folder in _held or process_rank() > 0:
+        return
+    private = folder / "private"
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(private / "lock", timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(
+            f"another process works in {folder}; wait for it to end, or give another output_dir."
+        ) from error
+    _held[folder] = lock
 
 
 def write_text(text: str, path: str | Path, mode: int = 0o644) -> None:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +21,50 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import CheckpointError, file_digest, load_weights, save_weights, weights_digest, write_json
+from .checkpoint import (
+    CheckpointError,
+    file_digest,
+    hold_folder,
+    load_weights,
+    require_space,
+    save_weights,
+    weights_digest,
+    write_json,
+)
 from .distributed import process_rank, wait_for_all
-from .handlers import ResumeEachEpoch
+from .handlers import ResumeEachEpoch, ends_when_asked
 from .lora import adapted_layers, drift, merge_lora, save_adapter
 from .losses import Target
 from .relabel import Relabel, keep_label
 from .trunk import FrozenTrunk
 
 logger = logging.getLogger(__name__)
+REPORTS_BYTES = 32 * 2**20
+
+
+class MemoryShortError(RuntimeError):
+    """The machine has too little memory for a step; the message says what makes it smaller."""
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Say in plain words that memory ran out.
+
+    Raises:
+        MemoryShortError: in place of the allocator's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            phrase in text for phrase in ("can't allocate memory", "not enough memory")
+        ):
+            raise
+        raise MemoryShortError(
+            f"memory ran out ({text.strip().splitlines()[0][:120] if text.strip() else type(error).__name__}); give a "
+            "smaller --batch_size, spatial_size or --cache_gib. `run plan` prints what a step needs."
+        ) from error
 
 
 class PrepareUnlearning(PrepareBatch):
@@ -187,7 +222,9 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
         counts a third), numbers of parameters, ``reused``, and what the phase's handlers reported.
 
     Raises:
-        CheckpointError: when the finished file fails its digest, or the loaded weights do not fit.
+        CheckpointError: when the finished file fails its digest, the loaded weights do not fit, the disk has too little
+            room, or another process works in the folder.
+        MemoryShortError: when memory runs out.
     """
     path = Path(path)
     network: nn.Module = trainer.network  # type: ignore[attr-defined]
@@ -203,11 +240,15 @@ def run_phase(trainer: Trainer, path: str | Path, fingerprint: str) -> dict[str,
             return {**record, "reused": True}
         logger.warning("%s fails its digest and is made anew.", path.name)
     epochs = trainer.state.max_epochs or 0
+    size = sum(value.nbytes for value in network.state_dict().values())
+    require_space(path.parent, 2 * 3 * size + REPORTS_BYTES)  # two states at a time, of weights and two moments each
+    hold_folder(path.parent.parent)
     resumable = ResumeEachEpoch(path.parent.parent / "private" / "resume" / path.name, key)
     resumable.attach(trainer)
     start = time.perf_counter()
     if epochs > 0:
-        trainer.run()
+        with ends_when_asked(trainer), memory_explained():
+            trainer.run()
     seconds = time.perf_counter() - start + resumable.seconds_before
     if process_rank() > 0:
         wait_for_all()

@@ -9,8 +9,11 @@ import hashlib
 import io
 import logging
 import random
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,54 @@ class NotFiniteError(ArithmeticError):
     """The loss stopped being a number; the weights are those before the step that would have used it."""
 
 
+class Terminated(SystemExit):
+    """Training ended because the process was asked to end; what it had reached is kept."""
+
+
+@contextmanager
+def ends_when_asked(trainer: Engine) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end training after the running iteration instead of within it.
+
+    The last epoch's state stays on disk, so that the same command goes on from there. A second signal ends at once.
+
+    Raises:
+        Terminated: after SIGTERM, with the exit code 143.
+        KeyboardInterrupt: after SIGINT.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main one only
+        yield
+        return
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    def end(engine: Engine) -> None:
+        if received:
+            print(
+                f"\nended in epoch {engine.state.epoch}; the same command goes on from the last whole one.", flush=True
+            )
+            if received[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise Terminated(128 + received[0])
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    added = trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
+    try:
+        yield
+    finally:
+        added.remove()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopWhenNotFinite:
     """Stop at once when the loss is NaN or infinite, before the backward pass can spoil the weights.
+
+    Normalisation can keep the loss finite over weights or running statistics that are not, so these are looked at when
+    an epoch ends.
 
     Raises:
         NotFiniteError: while training, naming epoch and iteration.
@@ -46,13 +95,27 @@ class StopWhenNotFinite:
         from monai.engines import IterationEvents
 
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._look_at_weights)
+
+    def _look_at_weights(self, engine: Engine) -> None:
+        trainer: Any = engine
+        broken = [name for name, value in trainer.network.state_dict().items() if not value.isfinite().all()]
+        if broken:
+            raise NotFiniteError(
+                f"after epoch {engine.state.epoch} values of {', '.join(broken[:3])} are not finite; lower "
+                "learning_rate."
+            )
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]  # type: ignore[index,call-overload]
         if not torch.isfinite(torch.as_tensor(loss)).all():
+            batch: Any = engine.state.batch
+            images = torch.stack([one["image"] for one in batch]) if isinstance(batch, list) else batch["image"]
+            broken = int((~images.flatten(1).isfinite().all(1)).sum())
+            remedy = f"{broken} of its {len(images)} images hold such values" if broken else "lower learning_rate"
             raise NotFiniteError(
                 f"the loss is {float(torch.as_tensor(loss).detach().sum())} in epoch {engine.state.epoch}, iteration "
-                f"{engine.state.iteration}. Look for values in the images that are not finite, or lower learning_rate."
+                f"{engine.state.iteration}: {remedy}. The weights before this step are kept."
             )
 
 
