@@ -37,9 +37,11 @@ from .compose import compose_networks
 from .data import MemoryDataset, cache_outputs, store_key
 from .datasets import DataError
 from .distributed import process_rank
-from .engines import forward_flops, load_phase, run_phase, training_flops
+from .engines import MemoryShortError, forward_flops, load_phase, run_phase, training_flops
 from .handlers import NotFiniteError
+from .purge import purge
 from .relabel import LabelStore, Relabel
+from .release import SIGNATURE, ReleaseError, finalise
 from .request import Item, RequestError, Resolution, item_id
 from .saliency import Weights, mean_gradient
 
@@ -59,10 +61,22 @@ EPHEMERAL = {
     "store",
     "phase",
 }
+# What tells one method from another.
+METHOD_PARTS = (
+    "durability",
+    "lora_scope",
+    "relabel",
+    "unlearn_phase#sampler",
+    "unlearn_phase#forget_loss",
+    "unlearn_phase#distillation_loss",
+    "unlearn_phase#optimizer",
+)
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 2),
     (DataError, 3),
     (CheckpointError, 3),
+    (ReleaseError, 3),
+    (MemoryShortError, 3),
     (NotFiniteError, 4),
 )
 
@@ -279,7 +293,45 @@ def given_reference(reference_models: Any, place: int) -> str | None:
     return None if not reference_models or isinstance(reference_models, Mapping) else str(reference_models[place])
 
 
-audited = plain_errors(audit)
+@plain_errors
+def audited(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """:func:`monai_unlearn.audit.audit` of the running bundle; ``settings`` of the report tells how it was run."""
+    return {**audit(*arguments, **options), "settings": settings()}
+
+
+def settings() -> dict[str, Any]:
+    """How the running configuration unlearns: its options that are numbers, and the parts that make the method.
+
+    Texts that a person types (paths, ids, rules) are left out.
+    """
+    parser = running_parser()
+    config: dict[str, Any] = parser.get()  # type: ignore[assignment]
+    numbers = {key: value for key, value in config.items() if isinstance(value, (bool, int, float))}
+    parts = {key: parser.get(key, None) for key in METHOD_PARTS}
+    return json.loads(json.dumps({"options": dict(sorted(numbers.items())), "parts": parts}, default=repr))
+
+
+@plain_errors
+def released(*arguments: Any, **options: Any) -> Path:
+    """:func:`monai_unlearn.release.finalise` in a bundle; prints where the release is and how it is checked."""
+    folder = finalise(*arguments, **options)
+    signed = (folder / SIGNATURE).is_file()
+    key = f" --public_key {Path(arguments[0]) / 'signing_public.pem'}" if signed else ""
+    print(f"release: {folder}\ncheck it with: python -m monai_unlearn.release verify {folder}{key}")
+    return folder
+
+
+@plain_errors
+def purged(output_dir: str | Path, resolution: Resolution, caches: Any = (), original: bool = False) -> dict[str, Any]:
+    """:func:`monai_unlearn.purge.purge` in a bundle; prints what was removed and what could not be reached."""
+    folders = [caches] if isinstance(caches, str) else list(caches or [])
+    done = purge(output_dir, resolution.splits["forget"], folders, original)
+    for kind, number in done["files"].items():
+        print(f"removed: {number} files, {kind}")
+    for folder, one in zip(folders, done["caches"]):
+        print(f"removed: {one['removed']} of {one['removed'] + one['kept']} entries of {folder}")
+    print("not reached: " + "; ".join(done["not_reached"]))
+    return done
 
 
 @plain_errors

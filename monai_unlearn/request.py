@@ -663,6 +663,24 @@ def pseudonym(key: bytes, name: str) -> str:
     return hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:12]
 
 
+def merkle_root(leaves: Sequence[str]) -> str:
+    """Root of the binary tree of sha256 over sorted leaves (RFC 6962: leaves and nodes are told apart by a prefix).
+
+    Args:
+        leaves: any texts, in any order.
+
+    Returns:
+        64 hexadecimal digits; that of nothing is the sha256 of nothing.
+    """
+    level = [hashlib.sha256(b"\x00" + leaf.encode()).digest() for leaf in sorted(leaves)]
+    if not level:
+        return hashlib.sha256(b"").hexdigest()
+    while len(level) > 1:  # an odd one moves up as it is
+        pairs = [level[first : first + 2] for first in range(0, len(level), 2)]
+        level = [hashlib.sha256(b"\x01" + pair[0] + pair[1]).digest() if len(pair) == 2 else pair[0] for pair in pairs]
+    return level[0].hex()
+
+
 def manifest(resolution: Resolution, key: bytes) -> dict[str, Any]:
     """What was resolved, without any id or file name.
 
@@ -671,7 +689,8 @@ def manifest(resolution: Resolution, key: bytes) -> dict[str, Any]:
         key: the site's key; whoever does not hold it cannot tell who was meant.
 
     Returns:
-        Counts, the sorted pseudonyms of the forget set, and the sha256 of the content, ready for JSON.
+        Counts, the sorted pseudonyms of the forget set, the Merkle roots over pseudonyms of id and content before
+        (``training``) and after (``retain``) and of the holdout, and the sha256 of the content, ready for JSON.
     """
     splits = resolution.splits
     request = resolution.request
@@ -689,6 +708,14 @@ def manifest(resolution: Resolution, key: bytes) -> dict[str, Any]:
         "facts": dict(sorted(resolution.facts.items())),
         "warnings": len(resolution.warnings),
         "forget": sorted(pseudonym(key, item_id(item)) for item in splits["forget"]),
+        "roots": {
+            name: merkle_root([pseudonym(key, f"{item_id(item)}:{item.get('sha256', '')}") for item in items])
+            for name, items in (
+                ("training", resolution.training),
+                ("retain", splits["retain"]),
+                ("holdout", resolution.holdout),
+            )
+        },
         "content_sha256": resolution.digest,
     }
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load_weights, write_json, write_text
+from ..checkpoint import load_weights, weights_digest, write_json, write_text
 from ..data import MemoryDataset
 from ..engines import forward_flops
 from ..relabel import probabilities
@@ -219,6 +219,8 @@ def audit(
         "job": resolution.request.job,
         "request": resolution.request.id,
         "limits": resolution.request.limits_in_force,
+        "weights": {name: weights_digest(network.state_dict()) for name, network in models.items()},
+        "shows_forget": show_forget,
         "data": data,
         "metrics": {name: dict(zip(("unit", "direction", "target"), row)) for name, row in METRICS.items()},
         "splits": {name: len(items) for name, items in resolution.splits.items()},

@@ -20,10 +20,11 @@ from PIL import Image
 from monai_unlearn import exact, merge_lora, tuning
 from monai_unlearn.audit.scores import hard_masks, score_cases
 from monai_unlearn.bundle import Stop, phase
-from monai_unlearn.checkpoint import file_digest, read_weights, weights_digest
+from monai_unlearn.checkpoint import file_digest, load_weights, read_weights, save_weights, weights_digest
 from monai_unlearn.data import MemoryDataset
 from monai_unlearn.engines import run_phase
 from monai_unlearn.lora import WeightLora
+from monai_unlearn.release import verify
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,7 +32,7 @@ BUNDLE = ROOT / "bundles" / "isic_unlearn"
 CONFIGS = BUNDLE / "configs"
 TRAIN = str(CONFIGS / "train.json")
 FORGOTTEN = "PHANTOM_0000003,PHANTOM_0000017,PHANTOM_0000027"
-RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit", "tune", "exact")
+RUN_IDS = ("run", "plan", "original", "retrain", "unlearn", "audit", "tune", "exact", "purge", "release")
 
 
 def start(output_dir, *overlays, run_id="run", **arguments):
@@ -73,7 +74,8 @@ def test_the_run_leaves_the_files_that_others_build_on(quick):
               for end in ("pt", "json")}  # fmt: skip
     wanted = {"report.json", "report.html", "manifest.json", "private/key", "private/ids.json", *models}
     assert wanted <= files
-    assert all(name.startswith(("tensorboard/", "private/residual_memory/")) for name in files - wanted)
+    others = ("tensorboard/", "private/residual_memory/", "private/lock")
+    assert all(name.startswith(others) for name in files - wanted)
     jsonschema.validate(report_of(quick), json.loads((HERE / "report_schema.json").read_text()))
     assert report_of(quick)["data"] == "phantom"
 
@@ -236,10 +238,37 @@ def test_no_name_of_a_patient_or_file_is_in_what_is_written(quick):
             assert b"PHANTOM_00" not in content and b"P0000" not in content and b"phantom_quick/" not in content, path
 
 
+def network_of():
+    config = ConfigParser.load_config_file(str(CONFIGS / "inference.json"))
+    return ConfigParser(config).get_parsed_content("network_def")
+
+
+def test_a_purged_run_is_released_with_a_receipt_that_names_nobody(quick, tmp_path, capsys):
+    folder = copy_of(quick, tmp_path)
+    start(folder, run_id="purge", forget_ids=FORGOTTEN)
+    start(folder, run_id="release", forget_ids=FORGOTTEN)
+    assert "python -m monai_unlearn.release verify" in capsys.readouterr().out
+    release = folder / "release"
+    found = verify(release, folder / "signing_public.pem")
+    assert found["signature"] == "checked" and found["verdict"] == report_of(folder)["verdict"]
+    receipt = json.loads((release / "receipt.json").read_text())
+    assert receipt["asked"]["counts"] == report_of(folder)["splits"]
+    assert receipt["purged"]["files"] and receipt["done"]["settings"]["options"]["seed"] == 0
+    assert not (folder / "private" / "residual_memory").exists()
+    for path in release.rglob("*"):
+        assert path.is_dir() or not re.search(rb"PHANTOM_00|P0000|phantom_quick/|ISIC2018_Task1", path.read_bytes()), (
+            path.name
+        )
+    capsys.readouterr()
+    save_weights(load_weights(network_of(), quick / "models" / "judge.pt"), folder / "models" / "unlearned.pt")
+    shutil.rmtree(release)
+    with pytest.raises(Stop) as stopped:
+        start(folder, run_id="release", forget_ids=FORGOTTEN)
+    assert stopped.value.code == 3 and "other weights" in capsys.readouterr().err
+
+
 def test_the_unlearned_weights_are_plain_and_load_strictly(quick):
-    network = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "inference.json"))).get_parsed_content(
-        "network_def"
-    )
+    network = network_of()
     network.load_state_dict(read_weights(quick / "models" / "unlearned.pt"), strict=True)
     record = json.loads((quick / "models" / "unlearned.json").read_text())
     assert record["sha256"] == file_digest(quick / "models" / "unlearned.pt")
