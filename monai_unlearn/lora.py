@@ -435,6 +435,19 @@ def save_adapter(network: nn.Module, folder: str | Path) -> None:
 _CONFIG_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 
 
+def _check_adapter_config(values: Mapping[str, Any]) -> None:
+    for key, kinds in (
+        ("r", int),
+        ("lora_alpha", (int, float)),
+        ("rank_pattern", int),
+        ("alpha_pattern", (int, float)),
+    ):
+        found = values[key]
+        numbers = list(found.values()) if key.endswith("pattern") and isinstance(found, dict) else [found]
+        if not all(isinstance(one, kinds) and not isinstance(one, bool) and 0 < one <= 2**16 for one in numbers):
+            raise ValueError(f"{key} is {found!r}, and must be positive and at most 65536")
+
+
 def load_adapter(network: nn.Module, folder: str | Path) -> nn.Module:
     """Put stored adapters into the plain network they were made for, in place.
 
@@ -448,6 +461,7 @@ def load_adapter(network: nn.Module, folder: str | Path) -> nn.Module:
     try:
         config: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         values = {key: config[key] for key in _CONFIG_KEYS}
+        _check_adapter_config(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: adapter_config.json cannot be read: {error}.") from error
     state, metadata = read_safetensors(folder / "adapter_model.safetensors")

@@ -29,6 +29,7 @@ from .bundle import Stop, on_stack, plain_errors, stop
 from .checkpoint import read_weights, weights_digest, write_json, write_text
 from .data import MemoryDataset
 from .datasets import (
+    DataError,
     inspect_items,
     is_phantom,
     isic_datalist,
@@ -42,7 +43,7 @@ from .datasets.lists import FolderDatalist
 from .datasets.reading import Reader
 from .distributed import first_process_first
 from .engines import forward_flops, saved_bytes, training_flops
-from .request import RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
+from .request import Item, RequestError, Resolution, item_id, make_request, manifest, refuse_expressions, resolve
 from .trunk import FrozenTrunk
 
 TRACKING_KEYS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "trainer",
@@ -279,7 +280,7 @@ def prepare(
     request = make_request(forget_request, forget_ids, forget_fraction, job, seed, 0.15 if is_drawn else None)
     known = known_pairs(dataset_dir)
     resolve(request, training, holdout, class_key, structures=structures)  # refuses what needs no file to be read
-    inspected = inspect_items([*training, *holdout], progress=True, read=read)
+    inspected = _inspected([*training, *holdout], read, None if _plan_only() else output_dir)
     training, holdout = inspected[: len(training)], inspected[len(training) :]
     if duplicates is not None:  # by their bytes too, now that they are known
         training, holdout = settle_duplicates(training, holdout, duplicates)
@@ -295,6 +296,27 @@ def prepare(
         resolution.warnings.append(f"{empty} masks are empty; a prediction that is empty too scores 1 there.")
     source = Path(dataset_dir or str(datalist)).resolve()
     return Prepared(resolution, "phantom" if is_drawn else source.stem if datalist else source.name, is_drawn)
+
+
+def _inspected(items: Sequence[Item], read: Reader, output_dir: str | Path | None) -> list[Item]:
+    """:func:`inspect_items`; where files cannot be used, all of them and all double pictures stand in one table.
+
+    The table is printed where nothing may be written, else it is ``private/problems.txt``: it names files.
+    """
+    try:
+        return inspect_items(items, progress=True, read=read)
+    except DataError as error:
+        alike: dict[str, list[str]] = {}
+        for item in error.usable:
+            alike.setdefault(item["sha256"], []).append(Path(item["image"]).name)
+        double = [f"{', '.join(sorted(names))}: the same picture" for names in alike.values() if len(names) > 1]
+        table = "\n".join([*error.problems, *sorted(double)]) + "\n"
+        if output_dir is None:
+            print(table)
+            raise
+        path = _private_folder(output_dir) / "problems.txt"
+        write_text(table, path, mode=0o600)
+        raise DataError(f"{error}\nall of it, double pictures too: {path}", error.problems, error.usable) from error
 
 
 def check_references(paths: Any, original: str | Path | None = None) -> None:

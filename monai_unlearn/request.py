@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -101,7 +102,7 @@ class DeletionRequest:
             ("on_split_group", self.on_split_group, (None, "include", "exclude")),
             ("missing", self.missing, ("match", "skip", "refuse")),
         ):
-            if value not in allowed:
+            if not isinstance(value, (str, NoneType)) or value not in allowed:
                 raise RequestError(f"the request's {name} must be one of {allowed}, got {value!r}.")
         if not isinstance(self.selector, Mapping):
             raise RequestError(
@@ -111,18 +112,32 @@ class DeletionRequest:
         kinds = [name for name in SELECTORS if name in self.selector]
         if len(kinds) != 1:
             raise RequestError(
-                f"the request's selector must hold exactly one of {SELECTORS}, got {sorted(self.selector)}."
+                f"the request's selector must hold exactly one of {SELECTORS}, got {sorted(map(str, self.selector))}."
             )
         unknown = set(self.selector) - {*kinds, *(["seed"] if kinds == ["fraction"] else [])}
         if unknown:
-            raise RequestError(f"the request's selector has keys it does not know: {sorted(unknown)}.")
-        if kinds == ["fraction"] and not 0 < float(self.selector["fraction"]) < 1:
-            raise RequestError(f"the fraction to forget must lie between 0 and 1, got {self.selector['fraction']}.")
+            raise RequestError(f"the request's selector has keys it does not know: {sorted(map(str, unknown))}.")
+        self._check_value(kinds[0], self.selector[kinds[0]])
+        if not isinstance(self.limits, Mapping):
+            raise RequestError(f"the request's limits must be a mapping such as {{forget: 0.02}}, got {self.limits!r}.")
         for name, limit in self.limits.items():
             if name not in LIMITS:
                 raise RequestError(f"the request's limit {name!r} is unknown; there are {sorted(LIMITS)}.")
             if not isinstance(limit, (int, float)) or not 0 < limit < 1:
                 raise RequestError(f"the request's limit {name!r} must lie between 0 and 1, got {limit!r}.")
+
+    def _check_value(self, kind: str, value: Any) -> None:
+        if kind == "fraction":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise RequestError(f"the fraction to forget must lie between 0 and 1, got {value!r}.")
+            if not isinstance(self.selector.get("seed", 0), int):
+                raise RequestError(f"the request's seed must be a whole number, got {self.selector['seed']!r}.")
+            return
+        many = kind in ("ids", "groups")
+        entries = list(value) if many and isinstance(value, (list, tuple, set, frozenset)) else [value]
+        if not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in entries):
+            wanted = "names, such as [a, b]" if many else "one text"
+            raise RequestError(f"the request's {kind} must be {wanted}, got {value!r}.")
 
     @property
     def kind(self) -> str:

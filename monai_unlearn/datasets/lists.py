@@ -44,14 +44,18 @@ def _images_in(folder: Path) -> dict[str, Path]:
 def _metadata(root: Path) -> dict[str, dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for path in sorted(root.glob("*metadata*.csv")):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            key = next((name for name in ("image_id", "isic_id", "image") if name in (reader.fieldnames or ())), None)
-            if key is None:
-                raise DataError(f"{path.name} has no column image_id, isic_id or image; its rows cannot be joined.")
-            for row in reader:
-                columns = {name: value for name, value in row.items() if name not in (key, "image", "label") and value}
-                rows[row[key]] = {**columns, **rows.get(row[key], {})}
+        try:
+            table = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path.name} cannot be read as a table ({error}); save it as CSV in UTF-8.") from error
+        key = next((name for name in ("image_id", "isic_id", "image") if table and name in table[0]), None)
+        if table and key is None:
+            raise DataError(f"{path.name} has no column image_id, isic_id or image; its rows cannot be joined.")
+        for number, row in enumerate(table, start=2):
+            if None in row or None in row.values():
+                raise DataError(f"{path.name}: line {number} has more or fewer columns than the first one; mend it.")
+            columns = {name: value for name, value in row.items() if name not in (key, "image", "label") and value}
+            rows[row[str(key)]] = {**columns, **rows.get(row[str(key)], {})}
     return rows
 
 

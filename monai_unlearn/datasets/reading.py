@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..request import Item
 
 MAX_PIXELS = 90_000_000
+MAX_VOLUME_BYTES, MAX_RATIO, MAX_SLOPE = 2 * 2**30, 200, 1e6
 FOV_LEVEL, FOV_MARGIN = 0.02, 0.003  # share of the bright parts that is not black; width of the rim, share of the image
 
 
 class DataError(ValueError):
-    """A file of the data set cannot be used; the message names it, the reason and the remedy."""
+    """A file of the data set cannot be used; the message names it, the reason and the remedy.
+
+    Attributes:
+        problems: one line for each file, where several cannot be used.
+        usable: the items that can, as :func:`inspect_items` gives them.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = (), usable: Sequence[Item] = ()) -> None:
+        super().__init__(message)
+        self.problems, self.usable = list(problems), list(usable)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -190,14 +201,79 @@ def read_volume(item: Item, number: int = 2) -> tuple[np.ndarray, np.ndarray]:
 def _read_volume(path: str) -> Any:
     from monai.transforms import LoadImage
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
 
     if not Path(path).exists():
         raise DataError(f"{Path(path).name}: there is no such file.")
     try:
+        _check_header(Path(path))
         return LoadImage(image_only=True, ensure_channel_first=True)(path)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, ImageFileError) as error:
+    except DataError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, ImageFileError, HeaderDataError, zlib.error,
+            OverflowError, MemoryError, TypeError, IndexError) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DataError(f"{Path(path).name}: cannot be read as a volume ({reason}); fetch it again.") from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a volume by what its header says, before anything is decoded: bombs and places that are none.
+
+    Raises:
+        DataError: on more than 2 GB, a file that is too small by a factor of 200 for what it claims, an affine that is
+            not finite or not invertible, an absurd intensity scale, or voxels that lie in another folder's file.
+    """
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        import nibabel as nib
+
+        image: Any = nib.load(path)
+        header, size = image.header, int(np.prod([int(one) for one in image.shape], dtype=object))
+        needed, stored = size * header.get_data_dtype().itemsize, path.stat().st_size
+        if needed > (MAX_RATIO if path.name.lower().endswith(".gz") else 1) * stored:
+            raise DataError(f"{path.name}: claims {needed:,} bytes of voxels and has {stored:,}; fetch it again.")
+        _refuse_size(path, size)
+        rows = [header[f"srow_{axis}"] for axis in "xyz"] if int(header["sform_code"]) > 0 else []
+        turned = [header[name] for name in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+                                            "qoffset_z")] if int(header["qform_code"]) > 0 else []  # fmt: skip
+        if not all(np.isfinite(one).all() for one in (*rows, *turned, image.affine)):
+            raise DataError(f"{path.name}: its affine is not finite, so nobody knows where it lies; fetch it again.")
+        if abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+            raise DataError(f"{path.name}: its affine cannot be inverted, so its voxels have no size; fetch it again.")
+        scale = [float(image.dataobj.slope), float(image.dataobj.inter)]
+        if any(abs(one) > MAX_SLOPE for one in scale):
+            raise DataError(
+                f"{path.name}: its intensities are scaled by {scale[0]:g} and {scale[1]:g}; that is absurd."
+            )
+        return
+    if path.is_file() and path.suffix.lower() in (".mha", ".mhd", ".nrrd", ".nhdr"):
+        _refuse_distant_voxels(path)
+    import itk
+
+    first = path if path.is_file() else min(one for one in path.iterdir() if one.is_file())
+    reader = itk.ImageIOFactory.CreateImageIO(str(first), itk.CommonEnums.IOFileMode_ReadMode)
+    if reader is None:
+        raise DataError(f"{path.name}: not a volume that ITK can read.")
+    reader.SetFileName(str(first))
+    reader.ReadImageInformation()
+    slices = 1 if path.is_file() else sum(one.is_file() for one in path.iterdir())
+    _refuse_size(path, slices * int(reader.GetImageSizeInPixels()))
+
+
+def _refuse_size(path: Path, voxels: int) -> None:
+    if voxels * 4 > MAX_VOLUME_BYTES:  # they become 32-bit numbers
+        raise DataError(f"{path.name}: {voxels:,} voxels are more than the {MAX_VOLUME_BYTES // 4:,} allowed.")
+
+
+def _refuse_distant_voxels(path: Path) -> None:
+    head = path.open("rb").read(2**14).decode("latin-1")
+    for line in head.splitlines():
+        key, _, value = line.replace("=", ":", 1).partition(":")
+        name = value.strip()
+        points = key.strip().lower() in ("elementdatafile", "data file", "datafile") and name.upper() != "LOCAL"
+        if points and (name != Path(name).name or name.upper().startswith("LIST")):
+            raise DataError(
+                f"{path.name}: its voxels lie in {name[:60]!r}, outside of its folder; keep them beside it."
+            )
 
 
 def field_of_view(image: np.ndarray) -> np.ndarray:
@@ -269,6 +345,6 @@ def inspect_items(items: Sequence[Item], progress: bool = False, read: Reader = 
                      "label_sha256": hashlib.sha256(content).hexdigest(), "phash": perceptual_hash(image),
                      "empty": mask is not None and not mask.any()})  # fmt: skip
     if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise DataError(f"{len(problems)} of {len(items)} items cannot be used:\n  {shown}")
+        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise DataError(f"{len(problems)} of {len(items)} items cannot be used:\n  {shown}", problems, done)
     return done
