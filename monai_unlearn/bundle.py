@@ -334,6 +334,45 @@ def purged(output_dir: str | Path, resolution: Resolution, caches: Any = (), ori
     return done
 
 
+class from_bundle:
+    """A component of another MONAI bundle, such as its network or its preprocessing: made anew at every call.
+
+    A configuration is code: read a bundle from somebody else first (:mod:`monai_unlearn.scan`).
+
+    Args:
+        folder: the bundle.
+        config_id: of the component, such as ``network_def`` or ``validate#preprocessing``.
+        config_file: in the bundle's ``configs``.
+        overrides: other values for keys of that file.
+
+    Raises:
+        RequestError: when there is no such file or no such component.
+
+    Example:
+        In an overlay: ``"network_factory": "$monai_unlearn.from_bundle('/models/spleen', 'network_def')"``.
+    """
+
+    def __init__(self, folder: str | Path, config_id: str, config_file: str = "train.json", **overrides: Any) -> None:
+        self.folder, self.config_id, self.overrides = Path(folder), config_id, overrides
+        self.file = self.folder / "configs" / config_file
+        if not self.file.is_file():
+            raise RequestError(f"there is no {self.file}; give the folder of a MONAI bundle.")
+        if config_id not in self._parser():
+            raise RequestError(f"{self.file} has no {config_id}; its keys are {', '.join(self._parser().get())}.")
+
+    def _parser(self) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config(str(self.file))
+        if "bundle_root" in parser:
+            parser["bundle_root"] = str(self.folder)
+        parser.update(self.overrides)
+        return parser
+
+    def __call__(self) -> Any:
+        """The component."""
+        return self._parser().get_parsed_content(self.config_id)
+
+
 @plain_errors
 def fold_networks(
     factory: Callable[[], nn.Module], reference_models: Any, device: str | torch.device = "cpu"
