@@ -85,11 +85,18 @@ def check_arguments() -> None:
         if key not in shipped and key not in TRACKING_KEYS:
             near = get_close_matches(key, list(shipped), n=1)
             raise RequestError(f"there is no option --{key}" + (f"; did you mean --{near[0]}?" if near else "."))
-    for source in (arguments, config):
+    method = _method_keys(Path(workflow.config_root_path))
+    for source, free in ((arguments, set()), (config, method)):
         for key, value in source.items():
             components = any(isinstance(own, dict) for own in shipped.get(key, ())) and key != "displayable_configs"
-            if not components and _text(value) not in map(_text, shipped.get(key, [value])):
+            if key not in free and not components and _text(value) not in map(_text, shipped.get(key, [value])):
                 refuse_expressions(value, f"--{key}")
+
+
+def _method_keys(folder: Path) -> set[str]:
+    """What overlays of methods replace: parts of a method, which are code, and never who is forgotten or where."""
+    files = [ConfigParser.load_config_file(str(path)) for path in sorted((folder / "methods").glob("*.json"))]
+    return {"imports", *(key.lstrip("+").replace("::", "#").split("#")[0] for file in files for key in file)}
 
 
 def _text(value: Any) -> str:
