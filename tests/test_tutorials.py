@@ -30,7 +30,9 @@ def test_a_notebook_has_the_sections_of_monais_tutorials_and_no_output(path):
         assert any(one.startswith(section) for one in text), section
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    assert any("max_epochs = " in cell.source for cell in code) and any("print_config()" in cell.source for cell in code)
+    assert any("max_epochs = " in cell.source for cell in code) and any(
+        "print_config()" in cell.source for cell in code
+    )
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)

@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of the site that live elsewhere: those of the bundles, the tutorials, and the picture of the layers."""
+
+from __future__ import annotations
+
+import ast
+import io
+from pathlib import Path
+from typing import Any
+
+import jupytext
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+QUESTIONS = ("request", "datasets", "data", "relabel", "boundary", "losses", "lora", "saliency", "compose", "trunk")
+LAYERS = (
+    ("files and processes", ("distributed", "checkpoint")),
+    ("the questions, each by itself", QUESTIONS),
+    ("how a phase is trained", ("handlers", "engines")),
+    ("did it work", ("audit",)),
+    ("what may leave the house", ("release", "purge", "scan")),
+    ("how a configuration drives it", ("bundle", "preflight", "tuning", "exact", "monai_label", "label_server")),
+)
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Which module of the package imports which other, read from the code; a sub-package counts as one."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        own = found.setdefault(parts[0], set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+                names = [base[0]] if base[0] else [alias.name for alias in node.names]
+                own.update(name for name in names if (name and name != parts[0] and (package / name).exists())
+                           or (package / f"{name}.py").exists())  # fmt: skip
+    return {name: {one for one in used if one != name} for name, used in found.items()}
+
+
+def architecture() -> str:
+    """The layers and what imports what, as SVG; a red line points from a lower layer to a higher one."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "monai_unlearn"
+    from matplotlib import pyplot as plt
+
+    used = imports(ROOT / "monai_unlearn")
+    places = {
+        name: ((index + 0.5) / len(names) * 10, row)
+        for row, (_, names) in enumerate(LAYERS)
+        for index, name in enumerate(names)
+    }
+    missing = set(used) - set(places)
+    if missing:
+        raise ValueError(f"docs/site.py: the layers do not name {', '.join(sorted(missing))}.")
+    figure, axes = plt.subplots(figsize=(11, 6.5))
+    for name, others in used.items():
+        for other in others & set(places):
+            (x, y), (u, v) = places[name], places[other]
+            colour = "tab:red" if v > y else "0.75"
+            axes.plot([x, u], [y, v], color=colour, linewidth=1.2 if v > y else 0.7, zorder=1)
+    for name, (x, y) in places.items():
+        axes.text(x, y, name, ha="center", va="center", fontsize=9, zorder=2,
+                  bbox={"boxstyle": "round", "facecolor": "#e8f0fe", "edgecolor": "#3f51b5"})  # fmt: skip
+    for row, (title, _) in enumerate(LAYERS):
+        axes.text(-0.3, row, title, ha="right", va="center", fontsize=9, style="italic")
+    axes.set_xlim(-3, 10)
+    axes.set_ylim(-0.6, len(LAYERS) - 0.4)
+    axes.axis("off")
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages; called by mkdocs."""
+
+    def add(name: str, content: str | bytes) -> None:
+        files.append(File.generated(config, name, content=content))
+
+    for bundle in sorted((ROOT / "bundles").iterdir()):
+        page = (bundle / "docs" / "README.md").read_text(encoding="utf-8").replace("(../../../docs/", "(../")
+        add(f"bundles/{bundle.name}.md", page.replace("(images/", f"({bundle.name}/"))
+        for picture in sorted((bundle / "docs" / "images").glob("*")):
+            add(f"bundles/{bundle.name}/{picture.name}", picture.read_bytes())
+    for script in sorted((ROOT / "tutorials").glob("*.py")):
+        notebook = jupytext.read(script)
+        first, *others = notebook.cells
+        first.source = "# " + first.source.partition("\n# ")[2]  # the licence is the repository's
+        notebook.cells = [first, *(cell for cell in others if "print_config()" not in cell.source)]
+        text = jupytext.writes(notebook, "md")
+        add(f"tutorials/{script.stem}.md", text.split("---\n", 2)[2] if text.startswith("---\n") else text)
+    add("images/architecture.svg", architecture())
+    return files
