@@ -5,10 +5,13 @@
 import json
 import os
 import shutil
+from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from monai_unlearn.scan import main, scan_bundle, scan_config, scan_expression
@@ -90,6 +93,16 @@ def test_weights_are_looked_into_and_never_unpickled(tmp_path, monkeypatch):
                        "script.ts": "own code", "old.pt": "unpickled whole"}.items():  # fmt: skip
         assert any(name in line and what in line for line in found.splitlines()), (name, found)
     assert "good.pt" not in found and not (tmp_path / "canary").exists()
+
+
+def test_dependencies_start_above_the_last_known_advisories():
+    floors = {"monai": "1.6.1", "torch": "2.10", "peft": "0.21", "pillow": "12.3", "safetensors": "0.4"}
+    config = ConfigParser()
+    config.read(BUNDLES.parent / "setup.cfg")
+    declared = dict(line.split(">=") for line in config["options"]["install_requires"].split() if ">=" in line)
+    for name, floor in floors.items():
+        assert Version(declared[name]) >= Version(floor), name
+        assert Version(version(name)) >= Version(floor), name
 
 
 def test_scripts_links_and_logging_that_evaluates_are_named(tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema
@@ -60,7 +61,12 @@ def report_of(folder):
 def quick(tmp_path_factory):
     """The folder of a finished quick run."""
     folder = tmp_path_factory.mktemp("quick") / "output"
-    start(folder, forget_ids=FORGOTTEN)
+    trap = tmp_path_factory.mktemp("system") / "temporary"
+    trap.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(trap))
+        start(folder, forget_ids=FORGOTTEN)
+    assert not [path for path in trap.rglob("*") if path.is_file()]  # caches would be residues that no purge finds
     return folder
 
 
@@ -496,11 +502,13 @@ def test_the_command_line_works_from_the_bundles_folder_and_writes_nothing_there
 def test_tracking_with_mlflow_works(tmp_path):
     pytest.importorskip("mlflow", reason="needs the extra tracking")
     flow = ConfigWorkflow(
-        TRAIN, logging_file=False, run_id="original", tracking="mlflow", quick=1, output_dir=str(tmp_path / "out")
-    )
+        TRAIN, logging_file=False, run_id="original", tracking="mlflow", quick=1, output_dir=str(tmp_path / "out"),
+        forget_ids=FORGOTTEN,
+    )  # fmt: skip
     flow.initialize()
     flow.run()
     assert (tmp_path / "out" / "mlruns.db").is_file() and (tmp_path / "out" / "models" / "original.pt").is_file()
+    assert b"PHANTOM_00" not in (tmp_path / "out" / "mlruns.db").read_bytes()
 
 
 def test_the_command_line_refuses_in_a_few_plain_lines(tmp_path):
