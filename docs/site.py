@@ -20,7 +20,8 @@ LAYERS = (
     ("how a phase is trained", ("handlers", "engines")),
     ("did it work", ("audit",)),
     ("what may leave the house", ("release", "purge", "scan")),
-    ("how a configuration drives it", ("bundle", "preflight", "tuning", "exact", "monai_label", "label_server")),
+    ("how a configuration drives it", ("bundle", "preflight", "tuning", "exact")),
+    ("where people meet it", ("monai_label", "label_app", "label_server", "__main__")),
 )
 
 
@@ -70,7 +71,7 @@ def architecture() -> str:
     for row, (title, _) in enumerate(LAYERS):
         axes.text(-0.3, row, title, ha="right", va="center", fontsize=9, style="italic")
     axes.set_xlim(-3, 10)
-    axes.set_ylim(-0.6, len(LAYERS) - 0.4)
+    axes.set_ylim(-0.5, len(LAYERS) - 0.4)
     axes.axis("off")
     figure.tight_layout()
     buffer = io.StringIO()

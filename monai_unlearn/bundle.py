@@ -317,7 +317,7 @@ def released(*arguments: Any, **options: Any) -> Path:
     folder = finalise(*arguments, **options)
     signed = (folder / SIGNATURE).is_file()
     key = f" --public_key {Path(arguments[0]) / 'signing_public.pem'}" if signed else ""
-    print(f"release: {folder}\ncheck it with: python -m monai_unlearn.release verify {folder}{key}")
+    print(f"release: {folder}\ncheck it with: python -m monai_unlearn verify {folder}{key}")
     return folder
 
 

@@ -14,30 +14,50 @@ from pathlib import Path
 
 from PIL import Image
 
-from .datasets import make_isic_phantom
+from .datasets import make_hippocampus_phantom, make_isic_classification_phantom, make_isic_phantom
 from .request import RequestError
 
+APPS = ("monai_unlearn", "monaibundle")
+OURS = 'from monai_unlearn.label_app import MyApp\n\n__all__ = ["MyApp"]\n'
 
-def make_studies(folder: Path, number: int = 60) -> Path:
-    """Draw the phantom as MONAI Label wants images and masks: ``<id>.png`` and ``labels/final/<id>.png``."""
-    drawn = Path(make_isic_phantom(folder / "phantom", number=number))
+
+def make_studies(folder: Path, bundle: str = "isic_unlearn", number: int = 60) -> Path:
+    """Draw the bundle's phantom as MONAI Label wants it: images, and masks in ``labels/final`` or ``classes.csv``."""
     studies = folder / "studies"
-    (studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
-    for path in sorted((drawn / "ISIC2018_Task1-2_Training_Input").iterdir()):
-        mask = drawn / "ISIC2018_Task1_Training_GroundTruth" / f"{path.stem}_segmentation.png"
-        Image.open(path).save(studies / f"{path.stem}.png")
-        shutil.copy(mask, studies / "labels" / "final" / f"{path.stem}.png")
+    labels = studies / "labels" / "final"
+    labels.mkdir(parents=True, exist_ok=True)
+    if "classification" in bundle:
+        drawn = Path(make_isic_classification_phantom(folder / "phantom", number=max(number, 90)))
+        rows = []
+        for path in sorted(drawn.glob("Train/*/*")):
+            shutil.copy(path, studies / path.name)
+            rows.append(f"{path.stem},{path.parent.name}\n")
+        (studies / "classes.csv").write_text("image_id,class\n" + "".join(rows), encoding="utf-8")
+    elif "hippocampus" in bundle:
+        drawn = Path(make_hippocampus_phantom(folder / "phantom", number=number))
+        for path in sorted(drawn.glob("imagesTr/*.nii.gz")):
+            shutil.copy(path, studies / path.name)
+            shutil.copy(drawn / "labelsTr" / path.name, labels / path.name)
+    else:
+        drawn = Path(make_isic_phantom(folder / "phantom", number=number))
+        for path in sorted((drawn / "ISIC2018_Task1-2_Training_Input").iterdir()):
+            mask = drawn / "ISIC2018_Task1_Training_GroundTruth" / f"{path.stem}_segmentation.png"
+            Image.open(path).save(studies / f"{path.stem}.png")
+            shutil.copy(mask, labels / f"{path.stem}.png")
     return studies
 
 
-def server_command(bundle: Path, folder: Path, studies: Path | None = None, port: int = 8123) -> list[str]:
-    """Lay out the ``monaibundle`` app with a bundle in ``folder`` and give the command that serves it on 127.0.0.1.
+def server_command(
+    bundle: Path, folder: Path, studies: Path | None = None, port: int = 8123, name: str = APPS[0]
+) -> list[str]:
+    """Lay out an app with a bundle in ``folder`` and give the command that serves it on 127.0.0.1.
 
     Args:
         bundle: one of this project's bundles; it is copied.
         folder: of the app; what is there is kept.
         studies: images, with masks in ``labels/final``; None draws the phantom.
         port: to listen on.
+        name: of the app: ``monai_unlearn`` is :mod:`monai_unlearn.label_app`, ``monaibundle`` MONAI Label's own.
 
     Raises:
         RequestError: when MONAI Label is not installed in this environment.
@@ -45,14 +65,17 @@ def server_command(bundle: Path, folder: Path, studies: Path | None = None, port
     if find_spec("monailabel") is None:
         raise RequestError(f"MONAI Label is not installed for {sys.executable}; see docs/monai_label.md.")
     program = [sys.executable, "-m", "monailabel.main"]
-    app = folder / "apps" / "monaibundle"
-    if not app.exists():
+    app = folder / "apps" / name
+    if name == "monai_unlearn":
+        app.mkdir(parents=True, exist_ok=True)
+        (app / "main.py").write_text(OURS, encoding="utf-8")
+    elif not app.exists():
         subprocess.run([*program, "apps", "--download", "--name", app.name, "--output", str(app.parent)], check=True)
     model = app / "model" / bundle.name
     if not model.exists():
         shutil.copytree(bundle, model, ignore=shutil.ignore_patterns("output"))
     return [
-        *program, "start_server", "--app", str(app), "--studies", str(studies or make_studies(folder)),
+        *program, "start_server", "--app", str(app), "--studies", str(studies or make_studies(folder, bundle.name)),
         "--conf", "models", bundle.name, "--conf", "sam2", "false", "--conf", "zoo_source", "local",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
@@ -70,8 +93,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("monai_label"), help="where app and phantom are put")
     parser.add_argument("--studies", type=Path, help="images, with masks in labels/final; default: the phantom")
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--app", choices=APPS, default=APPS[0], help="ours, or MONAI Label's own")
     given = parser.parse_args()
-    command = server_command(given.bundle.resolve(), given.folder.resolve(), given.studies, given.port)
+    command = server_command(given.bundle.resolve(), given.folder.resolve(), given.studies, given.port, given.app)
     os.execve(command[0], command, environment())
 
 

@@ -111,10 +111,11 @@ def _unlearn(
     parser[DATA], parser[HELD_OUT], parser[EPOCHS] = "@train_items", "$@resolution.holdout", "@original_epochs"
 
 
-def items_of(path: str | Path, section: str) -> list[dict[str, str]]:
-    """Image and label of a section of a data list as files; without one of those an empty list."""
-    content = ConfigParser.load_config_file(str(path))
-    return [{"image": str(item["image"]), "label": str(item["label"])} for item in content.get(section, [])]
+def items_of(path: str | Path, section: str) -> list[dict[str, Any]]:
+    """Image and label (a file or a class) of a section of a data list as files; without one of those an empty list."""
+    content = ConfigParser.load_config_file(str(path)).get(section, [])
+    labels = [item["label"] if isinstance(item["label"], int) else str(item["label"]) for item in content]
+    return [{"image": str(item["image"]), "label": label} for item, label in zip(content, labels)]
 
 
 def keep_trained(network: nn.Module, bundle_root: str | Path) -> None:

@@ -2,19 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder that may leave the house: plain weights, the report that was measured on them, a receipt, one signature.
 
-``python -m monai_unlearn.release verify FOLDER --public_key KEY`` checks one, offline, wherever it was copied to.
+``python -m monai_unlearn verify FOLDER --public_key KEY`` checks one, offline, wherever it was copied to.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,6 @@ from torch import Tensor, nn
 from .audit.durability import removable
 from .audit.report import SCHEMA as REPORT_SCHEMA
 from .checkpoint import (
-    CheckpointError,
     file_digest,
     load_weights,
     read_safetensors,
@@ -39,7 +36,7 @@ from .checkpoint import (
 
 RELEASE, RECEIPT = "monai_unlearn.release/1", "monai_unlearn.receipt/1"
 MODEL, SIGNATURE = "unlearned.pt", "model.sig"
-MEASURED = "measured behaviour of the model with this sha256 on the stated sets; no proof that nothing is left"
+MEASURED = "Measured behaviour of the model with this sha256 on the stated sets; no proof that nothing is left"
 REVERSIBLE = "REVERSIBLE: whoever also holds the original takes the adapter off again; this is suppression"
 UNREACHABLE = (
     "backups, archives and copies outside of the run's folder",
@@ -510,25 +507,3 @@ def _check_signature(folder: Path, public_key: Path, signed: bool) -> None:
     except Exception as error:  # the library raises many kinds; each means that the signature does not hold
         reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise ReleaseError(f"{folder}: the signature does not hold ({reason[:200]}).") from error
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a release: 0 when it is what it says, 3 when not."""
-    parser = argparse.ArgumentParser(prog="python -m monai_unlearn.release", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("verify", help="check files, weights, receipt and signature, offline")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--public_key", type=Path, help="signing_public.pem of whoever should have signed")
-    given = parser.parse_args(arguments)
-    try:
-        found = verify(given.folder, given.public_key)
-    except (ReleaseError, CheckpointError) as error:
-        print(f"REFUSED: {error}", file=sys.stderr)
-        return 3
-    for name, value in found.items():
-        print(f"{name.replace('_', ' ')}: {'; '.join(value) or 'no' if isinstance(value, list) else value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

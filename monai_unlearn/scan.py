@@ -2,19 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a bundle from somebody else before it runs: a MONAI configuration is code.
 
-``python -m monai_unlearn.scan BUNDLE`` lists every ``_target_`` outside of an allow list and every expression that
+``python -m monai_unlearn scan BUNDLE`` lists every ``_target_`` outside of an allow list and every expression that
 imports, opens, downloads, executes or reaches into Python's inside. Nothing is evaluated, imported or unpickled; the
 scan says what a person should read, and an empty list is no proof of harmlessness.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
-import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,24 +221,3 @@ def _harmless_global(name: str) -> bool:
     return name == "collections.OrderedDict" or name in {
         "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.serialization._get_layout",
     } or (name.startswith("torch.") and name.endswith(("Storage", "Size", "dtype")))  # fmt: skip
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """List what in a bundle a person should read before it runs: 0 when there is nothing, 3 when there is."""
-    parser = argparse.ArgumentParser(prog="python -m monai_unlearn.scan", description=main.__doc__)
-    parser.add_argument("bundle", type=Path)
-    given = parser.parse_args(arguments)
-    try:
-        found = scan_bundle(given.bundle)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(
-        "\n".join(found)
-        or f"{given.bundle}: nothing found that has to be read first; that is no proof of harmlessness."
-    )
-    return 3 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

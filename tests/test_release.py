@@ -16,6 +16,7 @@ import torch
 from conftest import small_unet
 
 from monai_unlearn import inject_lora, merge_lora, release
+from monai_unlearn.__main__ import main
 from monai_unlearn.checkpoint import file_digest, read_weights, save_weights, weights_digest, write_json
 from monai_unlearn.lora import save_adapter
 from monai_unlearn.release import (
@@ -24,7 +25,6 @@ from monai_unlearn.release import (
     entry_digest,
     extended_lineage,
     finalise,
-    main,
     retrain_due,
     verify,
 )

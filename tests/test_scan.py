@@ -14,7 +14,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from monai_unlearn.scan import main, scan_bundle, scan_config, scan_expression
+from monai_unlearn.__main__ import main
+from monai_unlearn.scan import scan_bundle, scan_config, scan_expression
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 EVIL = {
@@ -47,7 +48,7 @@ def test_evil_configurations_are_found_and_not_run(name, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train.json").write_text(json.dumps({"network": {"_target_": "UNet"}, **EVIL[name]}))
     assert scan_bundle(tmp_path)
-    assert main([str(tmp_path)]) == 3
+    assert main(["scan", str(tmp_path)]) == 3
     assert not (tmp_path / "canary").exists()
 
 
@@ -55,7 +56,7 @@ def test_evil_configurations_are_found_and_not_run(name, tmp_path, monkeypatch):
 def test_our_own_bundles_hold_nothing_of_the_kind(bundle, tmp_path):
     copy = shutil.copytree(BUNDLES / bundle, tmp_path / bundle, ignore=shutil.ignore_patterns("output", "models"))
     assert scan_bundle(copy) == []
-    assert main([str(copy)]) == 0
+    assert main(["scan", str(copy)]) == 0
 
 
 def test_ordinary_expressions_pass():
@@ -113,4 +114,4 @@ def test_scripts_links_and_logging_that_evaluates_are_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     found = scan_bundle(tmp_path)
     assert len(found) == 4
-    assert main([str(tmp_path / "nothing")]) == 2
+    assert main(["scan", str(tmp_path / "nothing")]) == 2

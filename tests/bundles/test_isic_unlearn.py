@@ -253,7 +253,7 @@ def test_a_purged_run_is_released_with_a_receipt_that_names_nobody(quick, tmp_pa
     folder = copy_of(quick, tmp_path)
     start(folder, run_id="purge", forget_ids=FORGOTTEN)
     start(folder, run_id="release", forget_ids=FORGOTTEN)
-    assert "python -m monai_unlearn.release verify" in capsys.readouterr().out
+    assert "python -m monai_unlearn verify" in capsys.readouterr().out
     release = folder / "release"
     found = verify(release, folder / "signing_public.pem")
     assert found["signature"] == "checked" and found["verdict"] == report_of(folder)["verdict"]
