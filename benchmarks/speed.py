@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import socket
 import subprocess
@@ -77,10 +78,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  #
     "SwinUNETR": (lambda: SwinUNETR(1, 2, feature_size=24, spatial_dims=2), (1, 128, 128), 4),
     "DenseNet-121": (lambda: DenseNet121(2, 3, 9), (3, 64, 64), 16),
 }
+PUBLISHED = "Erase to Retain, published loop"
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     "fine-tuning": (("fine_tune",), {}),
     "deletion (default)": ((), {}),
-    "Erase to Retain, published loop": (("erase_to_retain_paper",), {"learning_rate": 1e-3}),
+    PUBLISHED: (("erase_to_retain_paper",), {"learning_rate": 1e-3}),
     "Erase to Retain": (("erase_to_retain",), {"unlearn_epochs": 15}),
     "Erase to Retain, decoder": (("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder"}),
     "Erase to Retain, decoder, 3 kept for 1": (
@@ -272,9 +274,10 @@ def gpu_rows(device: torch.device) -> Iterator[dict]:
                        "memory": torch.cuda.max_memory_allocated()}  # fmt: skip
 
 
-def run_row(report: dict) -> dict:
-    """Cost and quality of a whole run."""
+def run_row(report: dict, models: Path) -> dict:
+    """Cost and quality of a whole run beside the retrained model whose record lies in ``models``."""
     row = costs(report, ("seconds", "flops"))
+    row["retrain_flops"] = json.loads((models / "retrained.json").read_text())["flops"]
     for model in ("original", "unlearned", "retrained"):
         for split in ("forget", "retain", "holdout"):
             row[f"{model}_{split}"] = report["scores"][model][split]["mean_iou"]
@@ -287,6 +290,12 @@ COLUMNS = ("section", "setting", "row", "flops", "seconds", "memory", "images", 
            *(f"{part}_{unit}" for unit in ("seconds", "flops") for part in ("cache", "reference", "train", "retrain")),
            *(f"{m}_{s}" for m in ("original", "unlearned", "retrained") for s in ("forget", "retain", "holdout")),
            "agreement", "auc", "verdict")  # fmt: skip
+
+
+def spent(row: dict) -> tuple[float, float]:
+    """FLOPs and seconds of a run, what it keeps included; its references are given."""
+    flops, seconds = (sum(float(row[f"{part}_{unit}"]) for part in ("cache", "train")) for unit in ("flops", "seconds"))
+    return flops, seconds
 
 
 def ratio(unit: str, row: dict, base: dict) -> str:
@@ -331,17 +340,20 @@ def tables(rows: list[dict]) -> Iterator[str]:
                           f"{float(row['first']):.1f}", gained])  # fmt: skip
         yield f"{setting}\n\n{markdown(lines)}"
     for setting, members in section("run").items():
-        lines = [["run", "FLOPs, share of the retrain", "seconds, share", "forget", "retain",
-                  "holdout", "agreement with the retrained on forget", "AUC", "verdict"]]  # fmt: skip
+        lines = [["run", "TFLOP", "share of the retrain", "seconds", "published loop / this, TFLOP", "seconds",
+                  "forget", "retain", "holdout", "agreement with the retrained on forget", "AUC",
+                  "verdict"]]  # fmt: skip
+        published = next((spent(row) for row in members if row["row"] == PUBLISHED), None)
         for row in members:
-            whole = [share(row, unit, ("cache", "train")) for unit in ("flops", "seconds")]
+            flops, seconds = spent(row)
+            whole = [f"{flops / 1e12:.2f}", f"{share(row, 'flops', ('cache', 'train')):.3f}", f"{seconds:.0f}"]
+            whole += ["", ""] if published is None else [f"{published[0] / flops:.1f}", f"{published[1] / seconds:.1f}"]
             scores = [row[f"unlearned_{split}"] for split in ("forget", "retain", "holdout")]
-            lines.append([row["row"], *(f"{value:.3f}" for value in whole),
-                          *(f"{float(value):.3f}" for value in (*scores, row["agreement"], row["auc"])),
-                          row["verdict"]])  # fmt: skip
+            scores += [row["agreement"], row["auc"]]
+            lines.append([row["row"], *whole, *(f"{float(value):.3f}" for value in scores), row["verdict"]])
         for model in ("original", "retrained"):
             scores = [members[0][f"{model}_{split}"] for split in ("forget", "retain", "holdout")]
-            lines.append([model, "", "", *(f"{float(value):.3f}" for value in scores), "", "", ""])
+            lines.append([model, *[""] * 5, *(f"{float(value):.3f}" for value in scores), "", "", ""])
         yield f"{setting}\n\n{markdown(lines)}"
     for setting, members in section("gpu").items():
         lines = [[setting, "ms for one sample", "TFLOP/s", "peak GiB"]]
@@ -406,7 +418,7 @@ def main() -> None:
             if missing("run", "isic_unlearn, 96 x 128", name):
                 folder = arguments.output_dir / "".join(one if one.isalnum() else "_" for one in name)
                 report = run(BUNDLE, overlays, arguments.dataset_dir, folder, **given, **options)
-                keep("run", "isic_unlearn, 96 x 128", {"row": name, **run_row(report)})
+                keep("run", "isic_unlearn, 96 x 128", {"row": name, **run_row(report, arguments.models)})
     if device.type == "cuda" and "gpu" in arguments.sections:
         for row in gpu_rows(device):
             keep("gpu", row.pop("setting"), row)

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 
 from monai_unlearn.bundle import Stop
 from monai_unlearn.checkpoint import read_weights, weights_digest
@@ -398,6 +398,28 @@ def test_the_metadata_pass_the_verification(bundle):
     train, inference = (ConfigParser.load_config_file(str(configs / f"{n}.json")) for n in ("train", "inference"))
     factory = {key: value for key, value in train["network_factory"].items() if key != "_mode_"}
     assert inference["network_def"] == factory
+
+
+@pytest.mark.parametrize("bundle", OTHERS)
+def test_the_unlearned_network_can_be_exported_both_ways(bundle, quick, tmp_path):
+    configs, weights = BUNDLES / bundle / "configs", quick(bundle) / "models" / "unlearned.pt"
+    wanted = json.loads((configs / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
+    shape = [1, wanted["num_channels"], *(size if isinstance(size, int) else 64 for size in wanted["spatial_shape"])]
+    image = torch.rand(shape)
+    parser = ConfigParser(ConfigParser.load_config_file(str(configs / "inference.json")))
+    network = parser.get_parsed_content("network_def")
+    network.load_state_dict(read_weights(weights))
+    with torch.no_grad():
+        answer = network.eval()(image)
+    ckpt_export(
+        "network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(weights), key_in_ckpt="",
+        meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json"), input_shape=shape,
+        bundle_root=str(BUNDLES / bundle),
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.ts"))(image), answer, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(network, (image,)).module()
+        torch.testing.assert_close(exported(image), answer, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bundle", NAMES)

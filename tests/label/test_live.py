@@ -16,12 +16,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.label
-BUNDLE = Path(__file__).parents[2] / "bundles" / "isic_unlearn"
+BUNDLES = Path(__file__).parents[2] / "bundles"
 OPTIONS = {"device": "cpu", "multi_gpu": False, "val_split": 0.25, "pretrained": True, "model_filename": "model.pt"}
 START, TASK, STEP = 180, 900, 3  # seconds: to come up, to finish a task, between looks
 
@@ -29,11 +30,13 @@ START, TASK, STEP = 180, 900, 3  # seconds: to come up, to finish a task, betwee
 class Server:
     """One server in a process group of its own."""
 
-    def __init__(self, python, folder):
+    def __init__(self, python, folder, bundle, app):
+        self.bundle = bundle
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [python, "-m", "monai_unlearn.label_server", "--bundle", str(BUNDLE), "--folder", str(folder)]
+        command = [python, "-m", "monai_unlearn.label_server", "--bundle", str(BUNDLES / bundle), "--folder", folder,
+                   "--app", app]  # fmt: skip
         self.log = (folder / f"server_{self.port}.log").open("w")
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port)], stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -66,11 +69,11 @@ class Server:
 
     def train(self, **options):
         """Start a training task, wait for its end, and give its status and log."""
-        shown = self.get("/info/")["trainers"]["isic_unlearn"]["config"]
+        shown = self.get("/info/")["trainers"][self.bundle]["config"]
         keys = ("forget_ids", "forget_request", "job", "datalist", "learning_rate", "forget_limit", "utility_limit",
                 "retain_limit", "membership_limit")  # fmt: skip
-        body = {**{key: shown[key] for key in keys}, **OPTIONS, **options}
-        task = json.loads(self.request("POST", "/train/isic_unlearn", json.dumps(body).encode()))["id"]
+        body = {**{key: shown[key] for key in keys if key in shown}, **OPTIONS, **options}
+        task = json.loads(self.request("POST", f"/train/{self.bundle}", json.dumps(body).encode()))["id"]
 
         def finished():
             now = self.get("/train/")
@@ -79,13 +82,15 @@ class Server:
         done = self.wait(finished, TASK)
         return done["status"], "\n".join(done["details"])
 
-    def mask(self, image, model):
-        params = json.dumps({"model_filename": model, "device": "cpu"})
+    def infer(self, image, model, output="image"):
+        params = json.dumps({"model_filename": model, "device": "cpu", "result_extension": ".nii.gz",
+                             "result_dtype": "uint8"})  # fmt: skip
         part = f'--b\r\nContent-Disposition: form-data; name="params"\r\n\r\n{params}\r\n--b--\r\n'
-        answer = self.request(
-            "POST", f"/infer/isic_unlearn?image={image}&output=image", part.encode(), "multipart/form-data; boundary=b"
-        )
-        return np.asarray(Image.open(io.BytesIO(answer)))
+        path = f"/infer/{self.bundle}?image={image}&output={output}"
+        return self.request("POST", path, part.encode(), "multipart/form-data; boundary=b")
+
+    def mask(self, image, model):
+        return np.asarray(Image.open(io.BytesIO(self.infer(image, model))))
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -100,8 +105,8 @@ def serve(tmp_path):
         pytest.skip("needs MONAI Label: set MONAI_UNLEARN_LABEL_PYTHON to the interpreter of its environment")
     servers = []
 
-    def start():
-        servers.append(Server(python, tmp_path))
+    def start(bundle="isic_unlearn", app="monai_unlearn"):
+        servers.append(Server(python, tmp_path, bundle, app))
         return servers[-1]
 
     yield start
@@ -111,7 +116,7 @@ def serve(tmp_path):
 
 
 def test_cases_are_forgotten_over_rest(serve, tmp_path):
-    server = serve()
+    server = serve(app="monaibundle")
     status, log = server.train(max_epochs=5)
     bundle = tmp_path / "apps" / "monaibundle" / "model" / "isic_unlearn"
     assert status == "DONE" and f"trained: {bundle / 'models' / 'model.pt'}" in log
@@ -133,9 +138,67 @@ def test_cases_are_forgotten_over_rest(serve, tmp_path):
     assert (bundle / "models" / "model.pt").read_bytes() == original
     server.stop()
 
-    server = serve()  # a server offers the weights that were there when it came up
+    server = serve(app="monaibundle")  # a server offers the weights that were there when it came up
     assert server.get("/info/")["models"]["isic_unlearn"]["config"]["model_filename"] == ["model.pt", "unlearned.pt"]
     for image in (training[0], training[-1]):
         before, after = (server.mask(image, model) for model in ("model.pt", "unlearned.pt"))
         truth = np.asarray(Image.open(next(tmp_path.glob(f"studies/labels/final/{image}.png"))))
         assert before.shape == after.shape == truth.shape and set(np.unique(after)) <= {0, 1}
+
+
+def trained_lists(bundle):
+    lists = json.loads((bundle / "output" / "private" / "label_datalist.json").read_text())
+    return ([Path(item["image"]).name.split(".")[0] for item in lists[name]] for name in ("training", "validation"))
+
+
+def test_our_app_gives_a_result_and_keeps_the_maps_as_a_label_version(serve, tmp_path):
+    server = serve()
+    assert server.train(max_epochs=5)[0] == "DONE"
+    bundle = tmp_path / "apps" / "monai_unlearn" / "model" / "isic_unlearn"
+    forgotten = next(trained_lists(bundle))[:5]
+    status, log = server.train(run_id="unlearn", forget_ids=",".join(forgotten))
+    assert status == "DONE"
+    result = json.loads(log[log.index("Result: ") + 8 :].splitlines()[0])
+    assert result["verdict"] in ("FAIL", "INCONCLUSIVE", "NOT REFUTED") and Path(result["report"]).is_file()
+    assert result["residual_maps"] == 5
+    maps = {path.name.split(".")[0] for path in (tmp_path / "studies" / "labels" / "residual_memory").iterdir()}
+    assert maps == set(forgotten)
+
+
+def test_classes_are_trained_forgotten_and_scored(serve, tmp_path):
+    server = serve("isic_classification_unlearn")
+    assert server.train(max_epochs=3)[0] == "DONE"
+    bundle = tmp_path / "apps" / "monai_unlearn" / "model" / "isic_classification_unlearn"
+    forgotten = next(trained_lists(bundle))[:4]
+    status, log = server.train(run_id="unlearn", forget_ids=",".join(forgotten))
+    assert status == "DONE" and '"verdict"' in log
+    server.stop()
+    server = serve("isic_classification_unlearn")
+    for model in ("model.pt", "unlearned.pt"):
+        scores = json.loads(server.infer(forgotten[0], model, "json"))["params"]["prediction"]
+        assert len(scores) == 9 and abs(sum(one["score"] for one in scores) - 1) < 1e-4
+
+
+def test_volumes_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tmp_path):
+    server = serve("hippocampus_unlearn")
+    assert server.train(max_epochs=2)[0] == "DONE"
+    bundle = tmp_path / "apps" / "monai_unlearn" / "model" / "hippocampus_unlearn"
+    forgotten = next(trained_lists(bundle))[:3]
+    assert server.train(run_id="unlearn", forget_ids=",".join(forgotten))[0] == "DONE"
+    server.stop()
+    server = serve("hippocampus_unlearn")
+    volume = nib.load(next((tmp_path / "studies").glob(f"{forgotten[0]}.nii.gz")))
+    for model in ("model.pt", "unlearned.pt"):
+        path = tmp_path / f"{model}.nii.gz"
+        path.write_bytes(server.infer(forgotten[0], model))
+        mask = nib.load(path)
+        assert mask.shape == volume.shape and np.allclose(mask.affine, volume.affine, atol=1e-3)
+    options = {
+        "model_filename": "unlearned.pt",
+        "device": "cpu",
+        "result_extension": ".nii.gz",
+        "result_dtype": "uint8",
+    }
+    server.request("POST", "/batch/infer/hippocampus_unlearn?images=all", json.dumps(options).encode())
+    answered = tmp_path / "studies" / "labels" / "original"
+    server.wait(lambda: answered.is_dir() and len(list(answered.glob("*.nii.gz"))) == 60, TASK)
