@@ -25,11 +25,12 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import get_bundle_models
 
+from .checkpoint import write_json
 from .preflight import site_key
 from .request import RequestError, pseudonym
 
 logger = logging.getLogger(__name__)
-MAP_TAG = "residual_memory"
+MAP_TAG, RESULT = "residual_memory", "label_result.json"
 
 
 class UnlearnTrainTask(BundleTrainTask):
@@ -41,13 +42,23 @@ class UnlearnTrainTask(BundleTrainTask):
             return done
         output = Path(self.bundle_path) / "output"
         report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-        return {
+        result = {
             **done,
             "verdict": report["verdict"],
             "reasons": report["reasons"],
             "report": str(output / "report.html"),
             "residual_maps": self._save_maps(output, datastore),
         }
+        write_json(result, output / RESULT)
+        print(
+            f"result: {json.dumps(result)}", flush=True
+        )  # the task's log; its return value goes to a logger that is off
+        return result
+
+    def stats(self) -> dict[str, Any]:
+        """The result of the last unlearning, for ``/info/``."""
+        path = Path(self.bundle_path) / "output" / RESULT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else super().stats()
 
     def _save_maps(self, output: Path, datastore: Datastore) -> int:
         """Keep the map of each forgotten case as a label version of its image; the number of maps."""

@@ -158,7 +158,8 @@ def test_our_app_gives_a_result_and_keeps_the_maps_as_a_label_version(serve, tmp
     forgotten = next(trained_lists(bundle))[:5]
     status, log = server.train(run_id="unlearn", forget_ids=",".join(forgotten))
     assert status == "DONE"
-    result = json.loads(log[log.index("Result: ") + 8 :].splitlines()[0])
+    result = json.loads(log[log.index("result: ") + 8 :].splitlines()[0])
+    assert server.get("/info/")["train_stats"]["isic_unlearn"] == result
     assert result["verdict"] in ("FAIL", "INCONCLUSIVE", "NOT REFUTED") and Path(result["report"]).is_file()
     assert result["residual_maps"] == 5
     maps = {path.name.split(".")[0] for path in (tmp_path / "studies" / "labels" / "residual_memory").iterdir()}
