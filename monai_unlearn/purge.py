@@ -12,7 +12,7 @@ from typing import Any
 
 from monai.data.utils import json_hashing, pickle_hashing
 
-from .checkpoint import atomic_path, write_json
+from .checkpoint import atomic_path, hold_folder, write_json
 from .datasets.reading import label_files
 from .release import UNREACHABLE
 from .request import Item, RequestError, item_id
@@ -149,6 +149,7 @@ def purge(
     folder = Path(output_dir)
     if not (folder / "report.json").is_file():
         raise RequestError(f"{folder} holds no finished run (no report.json); purge removes what a run still needs.")
+    hold_folder(folder)
     kinds: Mapping[str, Sequence[str]] = {
         "training states": ["private/resume"],
         "kept labels and importances": ["private/labels", "private/*.safetensors"],

@@ -25,6 +25,7 @@ from .audit.durability import removable
 from .audit.report import SCHEMA as REPORT_SCHEMA
 from .checkpoint import (
     file_digest,
+    hold_folder,
     load_weights,
     read_safetensors,
     read_weights,
@@ -91,12 +92,13 @@ def finalise(
     Raises:
         ReleaseError: when report, manifest and weights do not belong together, a file would give the original back, or
             another release lies there.
-        CheckpointError: when weights cannot be read, do not fit or are not finite.
+        CheckpointError: when weights cannot be read, do not fit or are not finite, or another process works there.
     """
     folder = Path(output_dir)
     target = Path(release_dir) if release_dir else folder / "release"
     report, manifest = _read_json(folder / "report.json"), _read_json(folder / "manifest.json")
     file = Path(unlearned) if unlearned else folder / "models" / MODEL
+    hold_folder(folder)
     load_weights(network, file)
     digests = {"unlearned": weights_digest(network.state_dict()), "original": weights_digest(read_weights(original))}
     _refuse_mismatch(report, manifest, digests, file, folder)

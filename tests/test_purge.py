@@ -115,7 +115,14 @@ def test_a_run_keeps_what_it_needs_and_says_what_was_not_reached(original, tmp_p
     run = a_run(tmp_path / "run")
     done = purge(run, [items[0]], original=original)
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    kept = {"private/key", "private/ids.json", "private/purged.json", "report.json", "models/unlearned.pt"}
+    kept = {
+        "private/lock",
+        "private/key",
+        "private/ids.json",
+        "private/purged.json",
+        "report.json",
+        "models/unlearned.pt",
+    }
     given_back = {"models/original.pt", "models/original.json", "models/adapter/adapter_model.safetensors"}
     assert left == kept | (set() if original else given_back)
     assert json.loads((run / "private" / "purged.json").read_text()) == done

@@ -157,6 +157,7 @@ def run(overlay, request, name):
         with_retrained=0,
         original_epochs=4,
         spatial_size=[32, 32],
+        relearn_steps=0,
     )
     workflow.initialize()
     workflow.run()
