@@ -94,9 +94,10 @@ def check_arguments() -> None:
 
 
 def _method_keys(folder: Path) -> set[str]:
-    """What overlays of methods replace: parts of a method, which are code, and never who is forgotten or where."""
+    """What overlays of methods replace by expressions: parts of a method, and never who is forgotten or where."""
     files = [ConfigParser.load_config_file(str(path)) for path in sorted((folder / "methods").glob("*.json"))]
-    return {"imports", *(key.lstrip("+").replace("::", "#").split("#")[0] for file in files for key in file)}
+    parts = {key for file in files for key, value in file.items() if str(value).startswith("$")}
+    return {"imports", *(key.lstrip("+").replace("::", "#").split("#")[0] for key in parts)}
 
 
 def _text(value: Any) -> str:
