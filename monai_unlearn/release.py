@@ -462,7 +462,7 @@ def _check_files(folder: Path, release: Mapping[str, Any]) -> None:
     for what, names in (("missing", expected - found), ("not listed", found - expected)):
         if names:
             raise ReleaseError(f"{folder}: files are {what}: {', '.join(sorted(names)[:5])}.")
-    linked = [name for name in found if (folder / name).is_symlink()]
+    linked = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
     changed = [name for name, digest in listed.items() if file_digest(folder / name) != digest]
     if linked or changed:
         raise ReleaseError(f"{folder}: changed since the release: {', '.join(sorted([*linked, *changed])[:5])}.")

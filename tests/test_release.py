@@ -183,6 +183,14 @@ def test_a_file_too_many_or_too_few_is_refused(run):
         verify(folder)
 
 
+def test_a_link_in_a_release_is_refused(run, tmp_path):
+    folder = release_of(run)
+    (tmp_path / "other").mkdir()
+    (folder / "more").symlink_to(tmp_path / "other")
+    with pytest.raises(ReleaseError, match="changed since the release: more"):
+        verify(folder)
+
+
 def test_what_was_not_measured_on_these_weights_is_not_released(run):
     save_weights(small_unet(seed=7), run / "models" / "unlearned.pt")
     with pytest.raises(ReleaseError, match="other weights of the unlearned model"):

@@ -176,7 +176,7 @@ def test_classes_are_trained_forgotten_and_scored(serve, tmp_path):
     server.stop()
     server = serve("isic_classification_unlearn")
     for model in ("model.pt", "unlearned.pt"):
-        scores = json.loads(server.infer(forgotten[0], model, "json"))["params"]["prediction"]
+        scores = json.loads(server.infer(forgotten[0], model, "json"))["prediction"]
         assert len(scores) == 9 and abs(sum(one["score"] for one in scores) - 1) < 1e-4
 
 
@@ -194,12 +194,8 @@ def test_volumes_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tm
         path.write_bytes(server.infer(forgotten[0], model))
         mask = nib.load(path)
         assert mask.shape == volume.shape and np.allclose(mask.affine, volume.affine, atol=1e-3)
-    options = {
-        "model_filename": "unlearned.pt",
-        "device": "cpu",
-        "result_extension": ".nii.gz",
-        "result_dtype": "uint8",
-    }
+    options = {"model_filename": "unlearned.pt", "device": "cpu", "multi_gpu": False, "result_extension": ".nii.gz"}
+    options["result_dtype"] = "uint8"
     server.request("POST", "/batch/infer/hippocampus_unlearn?images=all", json.dumps(options).encode())
     answered = tmp_path / "studies" / "labels" / "original"
     server.wait(lambda: answered.is_dir() and len(list(answered.glob("*.nii.gz"))) == 60, TASK)
