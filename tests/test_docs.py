@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted(ROOT.glob("bundles/*/docs/README.md")), *sorted(ROOT.glob("tutorials/*.py"))]  # fmt: skip
+         *sorted(ROOT.glob("bundles/*/docs/README.md")), *sorted(ROOT.glob("tutorials/*.py")),
+         *sorted((ROOT / "monai_unlearn").rglob("*.py"))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.transforms import LoadImage
 
 from monai_unlearn.bundle import Stop
 from monai_unlearn.checkpoint import read_weights, weights_digest
@@ -346,6 +347,22 @@ def test_inference_runs_on_a_folder_of_pictures(bundle, quick, tmp_path):
         assert sum(map(float, rows[0].split(",")[1:])) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_study_in_dicom_is_answered_as_nifti_where_it_lies(quick, real_data, tmp_path):
+    studies = real_data / "volumes" / "dicom"
+    flow = ConfigWorkflow(
+        str(BUNDLES / "hippocampus_unlearn" / "configs" / "inference.json"), workflow_type="infer", logging_file=False,
+        output_dir=str(tmp_path), dataset_dir=str(studies),
+        model_path=str(quick("hippocampus_unlearn") / "models" / "unlearned.pt"),
+    )  # fmt: skip
+    flow.initialize()
+    flow.run()
+    for study in (path for path in studies.iterdir() if path.is_dir()):
+        volume = LoadImage(image_only=True, ensure_channel_first=True)(study)
+        mask = nib.load(tmp_path / f"{study.name}_segmentation.nii.gz")
+        assert mask.shape == tuple(volume.shape[1:])
+        np.testing.assert_allclose(mask.affine, volume.affine, atol=1e-3)
+
+
 @pytest.mark.parametrize("bundle", OTHERS)
 def test_the_holdout_can_be_evaluated_alone(bundle, quick, capsys):
     configs = BUNDLES / bundle / "configs"
@@ -400,7 +417,7 @@ def test_the_metadata_pass_the_verification(bundle):
     assert inference["network_def"] == factory
 
 
-@pytest.mark.parametrize("bundle", OTHERS)
+@pytest.mark.parametrize("bundle", NAMES)
 def test_the_unlearned_network_can_be_exported_both_ways(bundle, quick, tmp_path):
     configs, weights = BUNDLES / bundle / "configs", quick(bundle) / "models" / "unlearned.pt"
     wanted = json.loads((configs / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
