@@ -19,11 +19,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .distributed import process_rank
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # the name that numpy 1 gave it
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    *((type(np.dtype(kind)), f"numpy.dtypes.{type(np.dtype(kind)).__name__}")
+      for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+    (np.dtype, "numpy.dtype"),
+]  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -196,7 +206,9 @@ def _refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: flat, or under ``model`` or ``state_dict``.
+    """The state dict in a file: flat, or under ``model``, ``state_dict`` (Auto3DSeg) or ``network_weights`` (nnU-Net).
+
+    Numbers of numpy, which nnU-Net keeps beside the weights, are read; any other object is refused.
 
     Raises:
         CheckpointError: when the file is missing, damaged, needs unpickling, or holds anything but finite tensors.
@@ -205,13 +217,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; give the path of a state dict.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on damaged files; all mean the same here
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged or more than a plain state dict; save it again as "
             f"torch.save(network.state_dict(), path). ({type(error).__name__})"
         ) from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "network_weights"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .datasets import make_hippocampus_phantom, make_isic_classification_phantom, make_isic_phantom
+from .datasets import make_chase_phantom, make_hippocampus_phantom, make_isic_classification_phantom, make_isic_phantom
 from .request import RequestError
 
 APPS = ("monai_unlearn", "monaibundle")
@@ -22,7 +22,13 @@ OURS = 'from monai_unlearn.label_app import MyApp\n\n__all__ = ["MyApp"]\n'
 
 
 def make_studies(folder: Path, bundle: str = "isic_unlearn", number: int = 60) -> Path:
-    """Draw the bundle's phantom as MONAI Label wants it: images, and masks in ``labels/final`` or ``classes.csv``."""
+    """Draw the bundle's phantom as MONAI Label wants it: images, and masks in ``labels/final`` or ``classes.csv``.
+
+    Args:
+        folder: where ``studies``, and the phantom it is copied from, are put.
+        bundle: name of the bundle, which says which phantom.
+        number: images; the nine classes take at least 90, fundus photographs at most 28.
+    """
     studies = folder / "studies"
     labels = studies / "labels" / "final"
     labels.mkdir(parents=True, exist_ok=True)
@@ -39,11 +45,16 @@ def make_studies(folder: Path, bundle: str = "isic_unlearn", number: int = 60) -
             shutil.copy(path, studies / path.name)
             shutil.copy(drawn / "labelsTr" / path.name, labels / path.name)
     else:
-        drawn = Path(make_isic_phantom(folder / "phantom", number=number))
-        for path in sorted((drawn / "ISIC2018_Task1-2_Training_Input").iterdir()):
-            mask = drawn / "ISIC2018_Task1_Training_GroundTruth" / f"{path.stem}_segmentation.png"
+        if "chase" in bundle:
+            drawn = Path(make_chase_phantom(folder / "phantom", number=min(number, 28)))
+            pictures, masks, ending = drawn, drawn, "1stHO"
+        else:
+            drawn = Path(make_isic_phantom(folder / "phantom", number=number))
+            pictures, masks = drawn / "ISIC2018_Task1-2_Training_Input", drawn / "ISIC2018_Task1_Training_GroundTruth"
+            ending = "segmentation"
+        for path in sorted(pictures.glob("*.jpg")):
             Image.open(path).save(studies / f"{path.stem}.png")
-            shutil.copy(mask, labels / f"{path.stem}.png")
+            shutil.copy(masks / f"{path.stem}_{ending}.png", labels / f"{path.stem}.png")
     return studies
 
 

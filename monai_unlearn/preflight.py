@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -72,8 +73,9 @@ def check_arguments() -> None:
     """Refuse arguments of the running bundle that MONAI would take silently.
 
     Raises:
-        RequestError: on a top-level key that no file of the bundle's ``configs`` has, with the nearest that there is;
-            and on an option whose value would be evaluated (``$``, ``@``, ``%``) and is not one of the files' own.
+        RequestError: on a top-level key that no file of the bundle's ``configs`` has and nothing refers to, with the
+            nearest that there is; and on an option whose value would be evaluated (``$``, ``@``, ``%``) and is not one
+            of the files' own.
     """
     workflow = next(on_stack(ConfigWorkflow), None)
     if workflow is None:
@@ -82,15 +84,21 @@ def check_arguments() -> None:
     arguments = {key: value for key, value in _raw_arguments().items() if "#" not in key and "::" not in key}
     config: dict[str, Any] = workflow.parser.get()  # type: ignore[assignment]
     for key in [*config, *arguments]:
-        if key not in shipped and key not in TRACKING_KEYS:
+        if key not in shipped and key not in TRACKING_KEYS and not _read_elsewhere(key, config):
             near = get_close_matches(key, list(shipped), n=1)
             raise RequestError(f"there is no option --{key}" + (f"; did you mean --{near[0]}?" if near else "."))
     method = _method_keys(Path(workflow.config_root_path))
-    for source, free in ((arguments, set()), (config, method)):
+    for source, free in ((arguments, set()), (config, {*method, *set(config) - set(shipped)})):
         for key, value in source.items():
             components = any(isinstance(own, dict) for own in shipped.get(key, ())) and key != "displayable_configs"
-            if key not in free and not components and _text(value) not in map(_text, shipped.get(key, [value])):
+            if key not in free and not components and _text(value) not in map(_text, shipped.get(key, ())):
                 refuse_expressions(value, f"--{key}")
+
+
+def _read_elsewhere(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether another entry refers to this one, as to an overlay's own; a mistyped option is read by nothing."""
+    others = json.dumps({name: value for name, value in config.items() if name != key}, default=repr)
+    return re.search(rf"[@%]{re.escape(key)}\b", others) is not None
 
 
 def _method_keys(folder: Path) -> set[str]:

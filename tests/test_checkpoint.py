@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_unet
@@ -39,6 +40,19 @@ def test_weights_come_back_bit_for_bit(tmp_path):
     assert weights_digest(again.state_dict()) == weights_digest(network.state_dict())
     torch.save({"model": network.state_dict()}, tmp_path / "nested.pt")
     load_weights(again, tmp_path / "nested.pt")
+
+
+def test_weights_are_found_in_the_checkpoints_of_nnunet_and_auto3dseg(tmp_path):
+    state = small_unet().state_dict()
+    kept = {"logging": {"mean_fg_dice": [np.float64(0.5)], "train_losses": [np.float32(1)]}, "epoch": np.int64(8),
+            "_best_ema": np.float32(0.2), "init_args": {"fold": 0, "device": torch.device("cpu")}}  # fmt: skip
+    for key in ("network_weights", "state_dict"):
+        torch.save({**kept, key: state}, tmp_path / "fold.pth")
+        assert weights_digest(read_weights(tmp_path / "fold.pth")) == weights_digest(state)
+    for other in (np.array([1.0]), np.array([Path()])):  # numbers are read, nothing that has to be unpickled
+        torch.save({"network_weights": state, "logging": other}, tmp_path / "fold.pth")
+        with pytest.raises(CheckpointError, match="more than a plain state dict"):
+            read_weights(tmp_path / "fold.pth")
 
 
 def test_the_digest_sees_values_names_and_types_and_nothing_else():

@@ -29,8 +29,8 @@
 # or copied; an overlay of three lines takes over its network, its deterministic preprocessing and its loss. Here the bundle and
 # the images are made on the spot, as a stranger would have them; put your own folders in their place.
 #
-# nnU-Net and Auto3DSeg train one model per fold. Such folds are references at no cost: each judges the cases that it was not
-# trained on. The last section shows how they are given.
+# nnU-Net and Auto3DSeg train one model per fold. Such folds are references at no cost: each knows nothing of the cases that it
+# was not trained on. The last section shows how they are given.
 
 # %% [markdown]
 # ## Setup environment
@@ -195,14 +195,14 @@ plt.show()
 # ## Folds as references
 #
 # A reference is a model that never saw the patient. Five folds of a cross-validation are five of them, each for the cases of
-# its own fold (`fold` in the data list), and nothing has to be trained:
+# its own fold (`fold` in the data list):
 #
 # `--reference_models "{0: 'fold0.pt', 1: 'fold1.pt', 2: 'fold2.pt', 3: 'fold3.pt', 4: 'fold4.pt'}"`
 #
-# They judge; `--folds_teach 1` lets them teach as well, and a judge is trained then. Of an ensemble, `run exact` trains only the
-# members anew that saw the patient: `--ensemble_models` takes the same mapping. The weights of an nnU-Net fold are its
-# `network_weights` (`checkpoint_final.pth`), of Auto3DSeg `model_fold*/model.pt`; save their state dicts with
-# `torch.save(state_dict, "fold0.pt")`, and give the network that fits them as `network_def`.
+# They judge, and only the short reference that teaches is trained. With `--folds_teach 1` they teach, which is the cheapest way
+# to unlearn; a judge is trained for the audit then. Of an ensemble, `run exact` trains only the members anew that saw the
+# patient: `--ensemble_models` takes the same mapping. Checkpoints of nnU-Net (`checkpoint_final.pth`) and Auto3DSeg (`model.pt`)
+# are read as they are; `docs/howto.md` has the overlay for nnU-Net's network and preprocessing.
 
 # %% [markdown]
 # ## Cleanup data directory

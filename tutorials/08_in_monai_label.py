@@ -86,7 +86,14 @@ command = [python, "-m", "monai_unlearn.label_server", "--bundle", str(bundle), 
 
 def start():
     log = (root_dir / "server.log").open("a")
-    process = subprocess.Popen(command, cwd=root_dir, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        cwd=root_dir,
+        env={**os.environ, "MPLBACKEND": "agg"},  # a notebook's own is not known there
+        start_new_session=True,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
     for _ in range(90):
         time.sleep(2)
         try:
@@ -139,7 +146,7 @@ assert train(max_epochs=max_epochs) == "DONE"
 # The cases that `val_split` set apart are the ones the model never saw; one of them cannot be forgotten, and is refused.
 
 # %%
-copied = root_dir / "apps" / "monaibundle" / "model" / "isic_unlearn"
+copied = root_dir / "apps" / "monai_unlearn" / "model" / "isic_unlearn"
 train(run_id="unlearn")
 lists = json.loads((copied / "output" / "private" / "label_datalist.json").read_text())
 names = [Path(item["image"]).stem for item in lists["training"]][:5]

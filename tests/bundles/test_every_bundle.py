@@ -461,6 +461,22 @@ def test_what_unlearning_costs_is_known_before_it_starts(bundle, quick, tmp_path
 
 
 @pytest.mark.parametrize("bundle", NAMES)
+def test_folds_save_the_judge_or_where_they_teach_the_reference(bundle, quick, tmp_path):
+    models = quick(bundle) / "models"
+    folds = {str(fold): str(models / f"{name}.pt") for fold, name in enumerate(["reference", "judge"])}
+    for teach, (trained, spared) in enumerate((("reference", "judge"), ("judge", "reference"))):
+        flow = ConfigWorkflow(
+            str(BUNDLES / bundle / "configs" / "train.json"), workflow_type="train", logging_file=False, quick=1,
+            output_dir=str(tmp_path), forget_ids=FORGET[bundle], reference_models=folds, folds_teach=teach,
+        )  # fmt: skip
+        flow.initialize()
+        phases = flow.parser.get_parsed_content("planned").phases
+        assert phases[trained].flops > 0 == phases[spared].flops
+        audited = flow.parser.get("audited_networks")["reference"]
+        assert "not @folds_teach else None" in audited  # or the audit would train one after all
+
+
+@pytest.mark.parametrize("bundle", NAMES)
 def test_several_processes_are_one_overlay_away(bundle, tmp_path, capsys, monkeypatch):
     overlay = json.loads((BUNDLES / bundle / "configs" / "multi_gpu_train.json").read_text())
     assert overlay["device"] == "$monai_unlearn.start_processes()" and "finalize" in overlay

@@ -53,7 +53,8 @@ STRANGER = {
             "$torch.save(@network.state_dict(), @ckpt_dir + '/model.pt')"],
 }  # fmt: skip
 OVERLAY = {
-    "network_factory": "$monai_unlearn.from_bundle(@foreign_bundle, 'network_def')",
+    "their_network": "network_def",  # an entry of the overlay's own
+    "network_factory": "$monai_unlearn.from_bundle(@foreign_bundle, @their_network)",
     "train#preprocessing": "$monai_unlearn.from_bundle(@foreign_bundle, 'validate#preprocessing')()",
     "train#loss_function": "$monai_unlearn.from_bundle(@foreign_bundle, 'train#loss_function')()",
 }

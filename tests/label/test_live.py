@@ -82,15 +82,20 @@ class Server:
         done = self.wait(finished, TASK)
         return done["status"], "\n".join(done["details"])
 
-    def infer(self, image, model, output="image"):
-        params = json.dumps({"model_filename": model, "device": "cpu", "result_extension": ".nii.gz",
+    def infer(self, image, model, output="image", extension=".nii.gz"):
+        params = json.dumps({"model_filename": model, "device": "cpu", "result_extension": extension,
                              "result_dtype": "uint8"})  # fmt: skip
         part = f'--b\r\nContent-Disposition: form-data; name="params"\r\n\r\n{params}\r\n--b--\r\n'
         path = f"/infer/{self.bundle}?image={image}&output={output}"
         return self.request("POST", path, part.encode(), "multipart/form-data; boundary=b")
 
+    def infer_all(self, model, extension):
+        options = {"model_filename": model, "device": "cpu", "multi_gpu": False, "result_extension": extension,
+                   "result_dtype": "uint8"}  # fmt: skip
+        self.request("POST", f"/batch/infer/{self.bundle}?images=all", json.dumps(options).encode())
+
     def mask(self, image, model):
-        return np.asarray(Image.open(io.BytesIO(self.infer(image, model))))
+        return np.asarray(Image.open(io.BytesIO(self.infer(image, model, extension=".png"))))
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -180,22 +185,36 @@ def test_classes_are_trained_forgotten_and_scored(serve, tmp_path):
         assert len(scores) == 9 and abs(sum(one["score"] for one in scores) - 1) < 1e-4
 
 
-def test_volumes_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tmp_path):
-    server = serve("hippocampus_unlearn")
+@pytest.mark.parametrize("app", ["monai_unlearn", "monaibundle"])
+def test_volumes_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tmp_path, app):
+    server = serve("hippocampus_unlearn", app)
     assert server.train(max_epochs=2)[0] == "DONE"
-    bundle = tmp_path / "apps" / "monai_unlearn" / "model" / "hippocampus_unlearn"
-    forgotten = next(trained_lists(bundle))[:3]
+    forgotten = next(trained_lists(tmp_path / "apps" / app / "model" / "hippocampus_unlearn"))[:3]
     assert server.train(run_id="unlearn", forget_ids=",".join(forgotten))[0] == "DONE"
     server.stop()
-    server = serve("hippocampus_unlearn")
+    server = serve("hippocampus_unlearn", app)
     volume = nib.load(next((tmp_path / "studies").glob(f"{forgotten[0]}.nii.gz")))
     for model in ("model.pt", "unlearned.pt"):
         path = tmp_path / f"{model}.nii.gz"
         path.write_bytes(server.infer(forgotten[0], model))
         mask = nib.load(path)
         assert mask.shape == volume.shape and np.allclose(mask.affine, volume.affine, atol=1e-3)
-    options = {"model_filename": "unlearned.pt", "device": "cpu", "multi_gpu": False, "result_extension": ".nii.gz"}
-    options["result_dtype"] = "uint8"
-    server.request("POST", "/batch/infer/hippocampus_unlearn?images=all", json.dumps(options).encode())
+    server.infer_all("unlearned.pt", ".nii.gz")
     answered = tmp_path / "studies" / "labels" / "original"
     server.wait(lambda: answered.is_dir() and len(list(answered.glob("*.nii.gz"))) == 60, TASK)
+
+
+def test_vessels_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tmp_path):
+    server = serve("chase_unlearn", "monaibundle")
+    assert server.train(max_epochs=2)[0] == "DONE"
+    forgotten = next(trained_lists(tmp_path / "apps" / "monaibundle" / "model" / "chase_unlearn"))[:2]
+    assert server.train(run_id="unlearn", forget_ids=",".join(forgotten))[0] == "DONE"
+    server.stop()
+    server = serve("chase_unlearn", "monaibundle")
+    picture = Image.open(tmp_path / "studies" / f"{forgotten[0]}.png")
+    for model in ("model.pt", "unlearned.pt"):
+        mask = server.mask(forgotten[0], model)
+        assert mask.shape == (picture.height, picture.width) and set(np.unique(mask)) <= {0, 1}
+    server.infer_all("unlearned.pt", ".png")
+    answered = tmp_path / "studies" / "labels" / "original"
+    server.wait(lambda: answered.is_dir() and len(list(answered.glob("*.png"))) == 28, TASK)
