@@ -1,11 +1,15 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that live elsewhere: those of the bundles, the tutorials, and the picture of the layers."""
+"""Pages of the site that live elsewhere: those of the bundles and the tutorials.
+
+``python docs/site.py`` draws the picture of the layers, ``docs/images/architecture.svg``, from the code.
+"""
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import jupytext
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 QUESTIONS = ("request", "datasets", "data", "relabel", "boundary", "losses", "lora", "saliency", "compose", "trunk")
 LAYERS = (
     ("files and processes", ("distributed", "checkpoint")),
@@ -47,7 +52,7 @@ def architecture() -> str:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "monai_unlearn"
+    matplotlib.rcParams.update({"svg.hashsalt": "monai_unlearn", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
 
     used = imports(ROOT / "monai_unlearn")
@@ -61,7 +66,7 @@ def architecture() -> str:
         raise ValueError(f"docs/site.py: the layers do not name {', '.join(sorted(missing))}.")
     figure, axes = plt.subplots(figsize=(11, 6.5))
     for name, others in used.items():
-        for other in others & set(places):
+        for other in sorted(others & set(places)):
             (x, y), (u, v) = places[name], places[other]
             colour = "tab:red" if v > y else "0.75"
             axes.plot([x, u], [y, v], color=colour, linewidth=1.2 if v > y else 0.7, zorder=1)
@@ -98,5 +103,14 @@ def on_files(files: Files, config: Any) -> Files:
         notebook.cells = [first, *(cell for cell in others if "print_config()" not in cell.source)]
         text = jupytext.writes(notebook, "md")
         add(f"tutorials/{script.stem}.md", text.split("---\n", 2)[2] if text.startswith("---\n") else text)
-    add("images/architecture.svg", architecture())
     return files
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Turn links that work in the repository into those of the site; called by mkdocs."""
+    markdown = re.sub(r"\]\(\.\./tutorials/(\w+)\.ipynb\)", r"](tutorials/\1.md)", markdown)
+    return re.sub(r"\]\(\.\./bundles/(\w+)/docs/README\.md\)", r"](bundles/\1.md)", markdown)
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(architecture(), encoding="utf-8")

@@ -34,7 +34,19 @@ def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert not re.search(r"<(script|link)[^>]*(src|rel=.stylesheet. href)=.https?:", home)
     assert (tmp_path / "site" / "images" / "architecture.svg").is_file()
+    assert "../tutorials/06_your_own_model/" in (tmp_path / "site" / "howto" / "index.html").read_text()
     assert "PerturbedSignGradient" in (tmp_path / "site" / "reference" / "index.html").read_text()
+
+
+def test_the_picture_of_the_layers_is_that_of_the_code(site):
+    assert site.PICTURE.read_text(encoding="utf-8") == site.architecture(), "python docs/site.py draws it anew"
+
+
+def test_links_within_the_repository_lead_somewhere():
+    for page in PAGES:
+        if page.suffix == ".md":
+            for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_no_layer_imports_a_higher_one(site):

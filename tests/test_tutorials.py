@@ -10,7 +10,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").rglob("*.ipynb"))
 QUICK = {"06_your_own_model"}
 SECTIONS = ("Copyright (c)", "## Setup environment", "## Setup imports", "## Setup data directory",
             "## Cleanup data directory")  # fmt: skip
