@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from monai_unlearn.checkpoint import write_text
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("cache", "reference", "train")  # of the cost of unlearning
@@ -42,13 +45,14 @@ def finished(path: Path) -> list[dict]:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add one row; floats get five digits."""
+    """Add one row, atomically; floats get five digits."""
     row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
     rows = [*finished(path), row]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
 
 
 def share(row: dict, unit: str, parts: Sequence[str] = PARTS) -> float:

@@ -82,6 +82,9 @@ PUBLISHED = "Erase to Retain, published loop"
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     "fine-tuning": (("fine_tune",), {}),
     "deletion (default)": ((), {}),
+    "deletion, 3 kept for 1": ((), {"retain_per_forget": 3}),
+    "deletion, 2 kept for 1": ((), {"retain_per_forget": 2}),
+    "deletion, 1 kept for 1": ((), {"retain_per_forget": 1}),
     PUBLISHED: (("erase_to_retain_paper",), {"learning_rate": 1e-3}),
     "Erase to Retain": (("erase_to_retain",), {"unlearn_epochs": 15}),
     "Erase to Retain, decoder": (("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder"}),

@@ -47,7 +47,8 @@ class ForgetRetainSampler(Sampler[list[int]]):
         num_retain: samples to keep in each (mixed or retain) batch of all ranks together; 0 leaves them out.
         order: ``mixed``, ``alternate`` or ``sequential``.
         retain_per_forget: samples to keep that an epoch shows for each sample to forget; None shows all of them. It
-            makes the cost of an epoch independent of the training set's size.
+            makes the cost of an epoch independent of the training set's size. A mixed batch holds no more of them
+            either, so that none has to be shown again to fill it.
         seed: fixes the order of the whole run.
         rank: of this process; None asks ``torch.distributed``.
         num_ranks: of processes; None asks ``torch.distributed``.
@@ -84,6 +85,8 @@ class ForgetRetainSampler(Sampler[list[int]]):
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must lie in [0, {num_ranks}), got {rank}.")
         flags = torch.as_tensor(forget).bool()
+        if retain_per_forget is not None and order == "mixed" and num_forget:
+            num_retain = min(num_retain, max(1, round(retain_per_forget * num_forget)))
         self.groups = [
             (name, indices, number)
             for name, indices, number in (
@@ -167,7 +170,7 @@ class ForgetRetainSampler(Sampler[list[int]]):
             order = indices[torch.randperm(len(indices), generator=generator)].tolist()
             tail = set(dealt[len(dealt) // number * number :])  # the batch under way
             dealt += [one for one in order if one not in tail] + [one for one in order if one in tail]
-        return [dealt[start : start + number] for start in range(0, needed, number)]
+        return [dealt[start : min(start + number, needed)] for start in range(0, needed, number)]
 
 
 class MarkForgetd(MapTransform):

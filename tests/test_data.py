@@ -77,6 +77,14 @@ def test_an_epochs_length_can_follow_the_forget_set_alone():
     assert len(ForgetRetainSampler([*FLAGS, *[False] * 1000], 2, 2)) == 508
 
 
+@pytest.mark.parametrize("order", ["mixed", "sequential"])
+@pytest.mark.parametrize("ratio", [0.5, 1, 2, 3, 5])
+def test_an_epoch_shows_so_many_to_keep_for_each_to_forget_and_no_more(order, ratio):
+    flags = [i < 8 for i in range(200)]
+    shown = [i for batch in ForgetRetainSampler(flags, 4, 16, order, retain_per_forget=ratio) for i in batch]
+    assert sum(not flags[i] for i in shown) == 8 * ratio and set(range(8)) <= set(shown)
+
+
 def test_one_group_alone_is_possible():
     assert sides(ForgetRetainSampler(FLAGS, 0, 8)) == [(0, 8), (0, 8)]
     assert sides(ForgetRetainSampler(FLAGS, 2, 0)) == [(2, 0), (2, 0)]
