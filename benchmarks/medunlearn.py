@@ -9,7 +9,8 @@
 Resumable: one CSV row per finished run. The runs of a seed and a request share original, references and two retrained
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
 with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
-remembers most, see :func:`hardest`; it needs the random request's run. ``--quick`` runs three methods of one seed.
+remembers most, see :func:`hardest`; it needs the random request's run. ``--methods folds`` lets cross-validation models
+teach, see :func:`fold_models`. ``--quick`` runs three methods of one seed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -26,6 +29,7 @@ from rows import PARTS, ROOT, append, costs, finished, markdown, run, share
 
 from monai_unlearn import MemoryDataset, audit
 from monai_unlearn.audit.scores import score_cases
+from monai_unlearn.checkpoint import write_json
 from monai_unlearn.request import item_id
 
 ROWS = Path(__file__).with_suffix(".csv")
@@ -34,6 +38,7 @@ BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_u
 OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
+    "folds": ((), {"folds_teach": 1}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k")},
@@ -44,6 +49,35 @@ SPLITS = ("forget", "retain", "holdout")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
 
 
+def fold_models(bundle: str, given: dict[str, object], folder: Path) -> dict[str, str]:
+    """Train the models of a cross-validation as the original was, each on the training cases outside its fold.
+
+    They stand for those that an institute has kept: their training is no part of what unlearning costs.
+    """
+    get = content_of(bundle, given, folder)
+    training, holdout = get("resolution").training, get("resolution").holdout
+    kept = ("image", "label", "fold", "group")
+    models = {}
+    for fold in sorted({item["fold"] for item in training}):
+        place = folder / "folds" / fold
+        sides = {"training": [item for item in training if item["fold"] != fold], "validation": holdout}
+        lists = {side: [{key: item[key] for key in kept} for item in items] for side, items in sides.items()}
+        write_json(lists, place / "datalist.json")
+        seed = 10 * (int(str(given["seed"])) + 1) + int(fold)
+        run(bundle, (), str(given["dataset_dir"]), place, "original", datalist=place.absolute() / "datalist.json",
+            forget_fraction=0.1, seed=seed)  # fmt: skip
+        models[fold] = str(place.absolute() / "models" / "original.pt")
+    return models
+
+
+def content_of(bundle: str, given: dict[str, object], folder: Path) -> Callable[[str], Any]:
+    """What entries of a run's configuration are."""
+    config = f"{ROOT}/bundles/{bundle}/configs/train.json"
+    flow = ConfigWorkflow(config, workflow_type="train", logging_file=False, output_dir=str(folder), **given)
+    flow.initialize()
+    return flow.parser.get_parsed_content
+
+
 def hardest(bundle: str, given: dict[str, object], folder: Path, request: Path, share: float = 0.1) -> None:
     """Write the request for the patients that the original of a finished run remembers most.
 
@@ -52,10 +86,7 @@ def hardest(bundle: str, given: dict[str, object], folder: Path, request: Path, 
     neither saw a forgotten one. Patients are taken by their mean, the most remembered first, until a share of the
     training cases is reached.
     """
-    config = f"{ROOT}/bundles/{bundle}/configs/train.json"
-    flow = ConfigWorkflow(config, workflow_type="train", logging_file=False, output_dir=str(folder), **given)
-    flow.initialize()
-    get = flow.parser.get_parsed_content
+    get = content_of(bundle, given, folder)
     resolution, (_, judged) = get("resolution"), get("reference_items")
     names = ["original_network", "reference_network", "judge_network"]
     losses = []
@@ -162,16 +193,18 @@ def main() -> None:
                 overlays, options = METHODS[name]
                 bundle, folder = BUNDLES[arguments.data], arguments.output_dir / arguments.data / f"seed{seed}"
                 given: dict[str, object] = {"forget_fraction": 0.1, "seed": seed}
+                data = {"dataset_dir": str(Path(arguments.dataset_dir).absolute())}
                 if arguments.request == "hardest":
                     drawn, folder = folder, folder.with_name(f"hardest{seed}")
                     request = folder.absolute() / "request.yaml"
                     if not request.exists():
-                        data = {"dataset_dir": str(Path(arguments.dataset_dir).absolute())}
                         hardest(bundle, {**given, **data}, drawn.absolute(), request)
                         (folder / "models").mkdir(exist_ok=True)
                         for file in ("original.pt", "original.json"):  # of the same training data: it is shared
                             shutil.copy(drawn / "models" / file, folder / "models" / file)
                     given = {"forget_request": request, "seed": seed}
+                if name == "folds":
+                    given["reference_models"] = fold_models(bundle, given | data, folder)
                 given |= {"with_retrained": 2, "relearn_steps": 0, **options}
                 report = run(bundle, overlays, arguments.dataset_dir, folder, **given)
                 append(ROWS, row_of(report, arguments.data, arguments.request, name, seed))

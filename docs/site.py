@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that live elsewhere: those of the bundles and the tutorials.
+"""Pages of the site that live elsewhere: those of the bundles, the methods and the tutorials.
 
 ``python docs/site.py`` draws the picture of the layers, ``docs/images/architecture.svg``, from the code.
 """
@@ -85,6 +85,27 @@ def architecture() -> str:
     return buffer.getvalue()
 
 
+def overlays() -> dict[str, list[Path]]:
+    """The files of each method, one for each bundle that has it."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(ROOT.glob("bundles/*/configs/methods/*.json")):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def method_page(name: str, files: list[Path]) -> str:
+    """How a method is run in each bundle, and all that it is: its overlay."""
+    parts = [f"# `{name}`", "What it does and where it comes from: [Methods](../methods.md)."]
+    for path in files:
+        bundle, overlay = path.parents[2].name, path.relative_to(ROOT)
+        command = (
+            f"python -m monai.bundle run --config_file \"['bundles/{bundle}/configs/train.json', '{overlay}']\" ..."
+        )
+        text = path.read_text(encoding="utf-8").strip()
+        parts.append(f"## [{bundle}](../bundles/{bundle}.md)\n\n```\n{command}\n```\n\n```json\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages; called by mkdocs."""
 
@@ -96,6 +117,8 @@ def on_files(files: Files, config: Any) -> Files:
         add(f"bundles/{bundle.name}.md", page.replace("(images/", f"({bundle.name}/"))
         for picture in sorted((bundle / "docs" / "images").glob("*")):
             add(f"bundles/{bundle.name}/{picture.name}", picture.read_bytes())
+    for name, paths in overlays().items():
+        add(f"methods/{name}.md", method_page(name, paths))
     for script in sorted((ROOT / "tutorials").glob("*.py")):
         notebook = jupytext.read(script)
         first, *others = notebook.cells
@@ -106,8 +129,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Turn links that work in the repository into those of the site; called by mkdocs."""
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Turn links that work in the repository into those of the site, and methods into links; called by mkdocs."""
+    if page.file.src_uri == "methods.md":
+        for name in overlays():
+            markdown = re.sub(rf"(?<![\[`])`{name}`(?!\])", f"[`{name}`](methods/{name}.md)", markdown)
     markdown = re.sub(r"\]\(\.\./tutorials/(\w+)\.ipynb\)", r"](tutorials/\1.md)", markdown)
     return re.sub(r"\]\(\.\./bundles/(\w+)/docs/README\.md\)", r"](bundles/\1.md)", markdown)
 

@@ -12,8 +12,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image
-
 from .datasets import make_chase_phantom, make_hippocampus_phantom, make_isic_classification_phantom, make_isic_phantom
 from .request import RequestError
 
@@ -53,7 +51,7 @@ def make_studies(folder: Path, bundle: str = "isic_unlearn", number: int = 60) -
             pictures, masks = drawn / "ISIC2018_Task1-2_Training_Input", drawn / "ISIC2018_Task1_Training_GroundTruth"
             ending = "segmentation"
         for path in sorted(pictures.glob("*.jpg")):
-            Image.open(path).save(studies / f"{path.stem}.png")
+            shutil.copy(path, studies / path.name)
             shutil.copy(masks / f"{path.stem}_{ending}.png", labels / f"{path.stem}.png")
     return studies
 

@@ -34,6 +34,7 @@ def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert not re.search(r"<(script|link)[^>]*(src|rel=.stylesheet. href)=.https?:", home)
     assert (tmp_path / "site" / "images" / "architecture.svg").is_file()
+    assert '<a href="scrub/"><code>scrub</code></a>' in (tmp_path / "site" / "methods" / "index.html").read_text()
     assert "../tutorials/06_your_own_model/" in (tmp_path / "site" / "howto" / "index.html").read_text()
     assert "PerturbedSignGradient" in (tmp_path / "site" / "reference" / "index.html").read_text()
 

@@ -12,6 +12,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from monai_unlearn.checkpoint import file_digest, read_weights
+from monai_unlearn.label_server import make_studies
 from monai_unlearn.monai_label import items_of
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -125,6 +126,17 @@ def test_without_a_model_there_is_nothing_to_forget(app, phantom, capsys):
     with pytest.raises(SystemExit):
         press(bundle, "unlearn", **overrides(bundle, pairs_of(phantom), 0.4, forget_ids="PHANTOM_0000000"))
     assert "there is no model to unlearn from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_phantom_is_laid_out_as_the_server_wants_it(name, tmp_path):
+    studies = make_studies(tmp_path, name, number=4)
+    names = {path.name.split(".")[0] for path in studies.iterdir() if path.is_file() and path.suffix != ".csv"}
+    if name in SEGMENTATION:
+        labelled = {path.name.split(".")[0] for path in (studies / "labels" / "final").iterdir()}
+    else:
+        labelled = {line.split(",")[0] for line in (studies / "classes.csv").read_text().splitlines()[1:]}
+    assert len(names) >= 4 and labelled == names
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -172,7 +172,7 @@ def mask(image, model):
 
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 3))
-axes[0].imshow(Image.open(next(root_dir.glob(f"studies/{names[0]}.png"))))
+axes[0].imshow(Image.open(next(root_dir.glob(f"studies/{names[0]}.jpg"))))
 axes[1].imshow(mask(names[0], "model.pt"))
 axes[2].imshow(mask(names[0], "unlearned.pt"))
 for axis, title in zip(axes, ("forgotten case", "model.pt", "unlearned.pt")):

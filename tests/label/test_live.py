@@ -211,7 +211,7 @@ def test_vessels_are_forgotten_and_answered_one_by_one_and_all_at_once(serve, tm
     assert server.train(run_id="unlearn", forget_ids=",".join(forgotten))[0] == "DONE"
     server.stop()
     server = serve("chase_unlearn", "monaibundle")
-    picture = Image.open(tmp_path / "studies" / f"{forgotten[0]}.png")
+    picture = Image.open(tmp_path / "studies" / f"{forgotten[0]}.jpg")
     for model in ("model.pt", "unlearned.pt"):
         mask = server.mask(forgotten[0], model)
         assert mask.shape == (picture.height, picture.width) and set(np.unique(mask)) <= {0, 1}
