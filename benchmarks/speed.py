@@ -232,7 +232,8 @@ def on_processes(number: int) -> dict:
 
 
 def precision_of(device: torch.device) -> Iterator[dict]:
-    """A training step of the bundle's network, set up in several ways."""
+    """A training step of the bundle's network, set up in several ways; nothing compiled before is used again."""
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     image = torch.rand(16, 3, 96, 128, device=device)
 
     def setting(name: str, channels_last: bool, dtype: str, compiled: bool) -> dict:
