@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that live elsewhere: those of the bundles, the methods and the tutorials.
+"""Pages of the site that live elsewhere: those of bundles, methods, numbers of the audit and tutorials.
 
 ``python docs/site.py`` draws the picture of the layers, ``docs/images/architecture.svg``, from the code.
 """
@@ -28,6 +28,27 @@ LAYERS = (
     ("how a configuration drives it", ("bundle", "preflight", "tuning", "exact")),
     ("where people meet it", ("monai_label", "label_app", "label_server", "__main__")),
 )
+
+NUMBERS = {
+    "verdict": ("judge_verdict",),
+    "scores": ("score_cases", "surface_band", "expected_calibration_error", "cl_dice", "f1_scores", "bootstrap_mean"),
+    "expected_unseen": ("expected_unseen", "References"),
+    "completeness": ("completeness",),
+    "membership": ("membership_table", "attack", "auc", "tpr_at_fpr", "rmia", "likelihood_ratio", "lira"),
+    "strongest_attack": ("strongest_attack",),
+    "controls": ("negative_control",),
+    "leaks": ("two_version_leak", "retained_leak"),
+    "cases": ("rank_test",),
+    "agreement": ("compare_cases",),
+    "js": ("js_divergence",),
+    "floor": ("seed_margin",),
+    "tug_of_war": ("tug_of_war",),
+    "equivalence": ("equivalence", "non_inferiority"),
+    "relearn": ("relearn_curve",),
+    "relearn_index": ("anamnesis_index",),
+    "probes": ("rounded", "with_statistics_of", "removable"),
+    "residual": ("residual_memory",),
+}  # key of report.json: the functions of monai_unlearn.audit behind it
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -106,6 +127,14 @@ def method_page(name: str, files: list[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def number_page(name: str) -> str:
+    """What a number of the report is, and the functions that compute it with their formulas."""
+    table = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in table if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
+    functions = "".join(f"\n::: monai_unlearn.audit.{function}\n" for function in NUMBERS[name])
+    return f"# `{name}`\n\n{row.split('|')[2].strip()} ([the audit](../audit.md)).\n{functions}"
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages; called by mkdocs."""
 
@@ -119,6 +148,8 @@ def on_files(files: Files, config: Any) -> Files:
             add(f"bundles/{bundle.name}/{picture.name}", picture.read_bytes())
     for name, paths in overlays().items():
         add(f"methods/{name}.md", method_page(name, paths))
+    for name in NUMBERS:
+        add(f"numbers/{name}.md", number_page(name))
     for script in sorted((ROOT / "tutorials").glob("*.py")):
         notebook = jupytext.read(script)
         first, *others = notebook.cells
@@ -130,10 +161,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Turn links that work in the repository into those of the site, and methods into links; called by mkdocs."""
-    if page.file.src_uri == "methods.md":
-        for name in overlays():
-            markdown = re.sub(rf"(?<![\[`])`{name}`(?!\])", f"[`{name}`](methods/{name}.md)", markdown)
+    """Links of the repository become links of the site, methods and numbers links to their pages; called by mkdocs."""
+    for own, folder, names in (("methods.md", "methods", overlays()), ("audit.md", "numbers", NUMBERS)):
+        for name in names if page.file.src_uri == own else ():
+            markdown = re.sub(rf"(?<![\[`])`{name}`(?!\])", f"[`{name}`]({folder}/{name}.md)", markdown)
     markdown = re.sub(r"\]\(\.\./tutorials/(\w+)\.ipynb\)", r"](tutorials/\1.md)", markdown)
     return re.sub(r"\]\(\.\./bundles/(\w+)/docs/README\.md\)", r"](bundles/\1.md)", markdown)
 

@@ -25,7 +25,7 @@ def site():
     return module
 
 
-def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path):
+def test_the_site_builds_without_a_warning_and_without_the_network(site, tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "http_proxy": "http://127.0.0.1:9",
                    "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
@@ -34,6 +34,9 @@ def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert not re.search(r"<(script|link)[^>]*(src|rel=.stylesheet. href)=.https?:", home)
     assert (tmp_path / "site" / "images" / "architecture.svg").is_file()
+    for number, functions in site.NUMBERS.items():
+        text = (tmp_path / "site" / "numbers" / number / "index.html").read_text()
+        assert all(f'id="monai_unlearn.audit.{function}"' in text for function in functions), number
     assert '<a href="scrub/"><code>scrub</code></a>' in (tmp_path / "site" / "methods" / "index.html").read_text()
     assert "../tutorials/06_your_own_model/" in (tmp_path / "site" / "howto" / "index.html").read_text()
     assert "PerturbedSignGradient" in (tmp_path / "site" / "reference" / "index.html").read_text()
