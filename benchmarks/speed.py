@@ -25,6 +25,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -233,7 +234,6 @@ def on_processes(number: int) -> dict:
 
 def precision_of(device: torch.device) -> Iterator[dict]:
     """A training step of the bundle's network, set up in several ways; nothing compiled before is used again."""
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     image = torch.rand(16, 3, 96, 128, device=device)
 
     def setting(name: str, channels_last: bool, dtype: str, compiled: bool) -> dict:
@@ -242,6 +242,7 @@ def precision_of(device: torch.device) -> Iterator[dict]:
             network, given = network.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
         inferer = AutocastInferer(dtype=dtype)
         if compiled:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
             network.compile()
 
         def step() -> None:
