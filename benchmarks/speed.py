@@ -232,8 +232,8 @@ def on_processes(number: int) -> dict:
     return {"flops": "", "seconds": float(seconds), "memory": "", "images": int(images) * number}
 
 
-def precision_of(device: torch.device) -> Iterator[dict]:
-    """A training step of the bundle's network, set up in several ways; nothing compiled before is used again."""
+def precision_of(device: torch.device, cache: Path) -> Iterator[dict]:
+    """A training step of the network, set up in several ways; ``cache``, an empty folder, is for what is compiled."""
     image = torch.rand(16, 3, 96, 128, device=device)
 
     def setting(name: str, channels_last: bool, dtype: str, compiled: bool) -> dict:
@@ -242,7 +242,7 @@ def precision_of(device: torch.device) -> Iterator[dict]:
             network, given = network.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
         inferer = AutocastInferer(dtype=dtype)
         if compiled:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / name)
             network.compile()
 
         def step() -> None:
@@ -411,8 +411,9 @@ def main() -> None:
         if missing("growth", "processes", f"{number} processes"):
             keep("growth", "processes", {"row": f"{number} processes", **on_processes(number)})
     if missing("precision", "UNet, 96 x 128, batch 16", "float32"):
-        for row in precision_of(device):
-            keep("precision", "UNet, 96 x 128, batch 16", row)
+        with tempfile.TemporaryDirectory() as cache:
+            for row in precision_of(device, Path(cache)):
+                keep("precision", "UNet, 96 x 128, batch 16", row)
     if arguments.dataset_dir and arguments.models:
         files = {name: str((arguments.models / f"{name}.pt").resolve()) for name in ("original", "reference", "judge",
                                                                                     "retrained")}  # fmt: skip
