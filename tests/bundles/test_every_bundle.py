@@ -360,7 +360,9 @@ def test_a_study_in_dicom_is_answered_as_nifti_where_it_lies(quick, real_data, t
     )  # fmt: skip
     flow.initialize()
     flow.run()
-    for study in (path for path in studies.iterdir() if path.is_dir()):
+    found = [path for path in studies.iterdir() if path.is_dir()]
+    assert found and len(list(tmp_path.glob("*.nii.gz"))) == len(found)
+    for study in found:
         volume = LoadImage(image_only=True, ensure_channel_first=True)(study)
         mask = nib.load(tmp_path / f"{study.name}_segmentation.nii.gz")
         assert mask.shape == tuple(volume.shape[1:])
