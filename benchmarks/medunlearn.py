@@ -5,6 +5,7 @@
     python benchmarks/medunlearn.py --data isic --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg" --output_dir /runs
     python benchmarks/medunlearn.py --data isic --dataset_dir ... --output_dir /runs --quick
     python benchmarks/medunlearn.py                           # prints the tables of the rows there are
+    python benchmarks/medunlearn.py --figures                 # and draws them into the pages of the bundles
 
 Resumable: one CSV row per finished run. The runs of a seed and a request share original, references and two retrained
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
@@ -172,6 +173,46 @@ def table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
+def figure(rows: list[dict], path: Path) -> None:
+    """The forget-retain plane with the retrained models, and the cost of each method against its gap to them."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "monai_unlearn", "svg.fonttype": "none"})
+    from matplotlib import pyplot as plt
+
+    def gap(row: dict, model: str) -> float:
+        return sum(map(abs, gaps(row, model))) / len(SPLITS)
+
+    first = list({row["seed"]: row for row in rows}.values())
+    drawing, (plane, cost) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    retrained = (("retrained", "retrained", "*", 150), ("retrained_other", "retrained, other seed", "P", 80))
+    for model, label, marker, size in retrained:
+        forget, retain = ([float(row[f"{model}_{split}"]) for row in first] for split in ("forget", "retain"))
+        plane.scatter(forget, retain, size, marker=marker, color="#b7791f", label=label, zorder=3)
+    for place, name in enumerate(METHODS):
+        chosen = [row for row in rows if row["method"] == name]
+        if not chosen:
+            continue
+        forget, retain = ([float(row[f"unlearned_{split}"]) for row in chosen] for split in ("forget", "retain"))
+        spent, distances = [share(row, "flops") for row in chosen], [gap(row, "unlearned") for row in chosen]
+        look: dict[str, Any] = {"color": plt.get_cmap("tab20")(place), "marker": "o^sDvXdp<>"[place % 10]}
+        plane.scatter(forget, retain, s=16, alpha=0.5, **look)
+        plane.scatter(np.mean(forget), np.mean(retain), s=70, label=name, edgecolors="black", linewidths=0.5, **look)
+        cost.scatter(spent, distances, s=16, alpha=0.5, **look)
+        cost.scatter(np.mean(spent), np.mean(distances), s=70, edgecolors="black", linewidths=0.5, **look)
+    floor = float(np.mean([gap(row, "retrained_other") for row in first]))
+    cost.axhline(floor, color="#b7791f", linestyle=":")
+    cost.text(1, floor, "floor", color="#b7791f", ha="right", va="bottom", fontsize=8)
+    plane.set(xlabel="score on the forget set", ylabel="score on the retained set")
+    cost.set(xlabel="operations, share of the retrain, reference included",
+             ylabel="average gap to the retrained model", xscale="log", yscale="log", xlim=(None, 1.1))  # fmt: skip
+    drawing.legend(loc="outside right upper", fontsize=8, frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    drawing.savefig(path, metadata={"Date": None})
+    plt.close(drawing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=BUNDLES)
@@ -181,6 +222,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=CORE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="three methods, seed 0")
+    parser.add_argument("--figures", action="store_true", help="draw what the tables say into the bundles' pages")
     arguments = parser.parse_args()
 
     if arguments.dataset_dir:
@@ -211,7 +253,10 @@ def main() -> None:
     for data in BUNDLES:
         rows = [row for row in finished(ROWS) if row["data"] == data]
         for request in sorted({row["request"] for row in rows}):
-            print(f"\n{data}, {request}\n\n{table([row for row in rows if row['request'] == request])}")
+            chosen = [row for row in rows if row["request"] == request]
+            print(f"\n{data}, {request}\n\n{table(chosen)}")
+            if arguments.figures:
+                figure(chosen, ROOT / "bundles" / BUNDLES[data] / "docs" / "images" / f"methods_{request}.svg")
 
 
 if __name__ == "__main__":

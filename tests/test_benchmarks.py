@@ -3,11 +3,16 @@
 """Every benchmark prints the table of the rows that were measured; nothing is timed here."""
 
 import csv
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import yaml
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem != "rows")
@@ -20,3 +25,56 @@ def test_the_table_shows_every_row_there_is(script):
         rows = list(csv.DictReader(file))
     key = next(name for name in ("row", "method", "child") if name in rows[0])
     assert rows and all(f"| {row[key]} |" in done.stdout for row in rows)
+
+
+@pytest.fixture
+def medunlearn(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("medunlearn")
+
+
+def patients(**losses):
+    """A run of three patients with two pictures each, one forgotten, and what each network's loss on a picture is."""
+    training = [{"image": f"{group}{eye}.png", "label": "", "group": group, "fold": fold, "forget": group == "a"}
+                for group, fold in (("a", "0"), ("b", "1"), ("c", "1")) for eye in "12"]  # fmt: skip
+    holdout = [{"image": "z.png", "label": "", "group": "z", "fold": "4"}]
+    run = {"resolution": SimpleNamespace(training=training, holdout=holdout), "device": "cpu", "store": {}}
+    run |= {"reference_items": [training[4:], training[2:4]], "validate#preprocessing": None, "validate#inferer": None}
+    return run | {f"{name}_network": dict(zip("abcz", values)) for name, values in losses.items()}
+
+
+def test_the_hardest_are_those_whose_loss_lies_furthest_below_that_of_a_model_that_never_saw_them(
+    medunlearn, monkeypatch, tmp_path
+):
+    """c is what the judge never saw, b the teacher; the original's own level of loss on unseen cases does not count."""
+    run = patients(original=(0.1, 0.3, 0.0, 1.0), reference=(0.5, 0.5, 9.0, 0.5), judge=(0.7, 9.0, 0.4, 0.5))
+    monkeypatch.setattr(medunlearn, "content_of", lambda *_: run.get)
+    monkeypatch.setattr(medunlearn, "MemoryDataset", lambda items, *_: [item["group"] for item in items])
+    monkeypatch.setattr(
+        medunlearn, "score_cases", lambda network, data, *_, **__: {"loss": np.array([network[one] for one in data])}
+    )
+    for share, ids in ((0.1, ["a1", "a2"]), (0.34, ["a1", "a2", "c1", "c2"])):  # a: 1.0, c: .9, b: .7
+        medunlearn.hardest("isic_unlearn", {}, tmp_path, tmp_path / "made" / "request.yaml", share)
+        request = yaml.safe_load((tmp_path / "made" / "request.yaml").read_text())
+        assert request["selector"]["ids"] == ids and request["job"] == "deletion"
+
+
+def test_each_model_of_a_cross_validation_sees_the_training_cases_outside_its_fold(medunlearn, monkeypatch, tmp_path):
+    monkeypatch.setattr(medunlearn, "content_of", lambda *_: patients().get)
+    called = []
+    monkeypatch.setattr(medunlearn, "run", lambda *arguments, **options: called.append((arguments, options)))
+    models = medunlearn.fold_models("isic_unlearn", {"dataset_dir": "data", "seed": 0}, tmp_path)
+    assert list(models) == ["0", "1"] and len({options["seed"] for _, options in called}) == 2
+    for (fold, model), (arguments, options), seen in zip(models.items(), called, ("bc", "a")):
+        lists = json.loads(Path(options["datalist"]).read_text())
+        assert {item["group"] for item in lists["training"]} == set(seen) and arguments[4] == "original"
+        assert [item["group"] for item in lists["validation"]] == ["z"]
+        assert Path(model) == tmp_path / "folds" / fold / "models" / "original.pt"
+
+
+def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
+    with (BENCHMARKS / "medunlearn.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["data"], row["request"]) == ("isic", "random")]
+    medunlearn.figure(rows, tmp_path / "images" / "methods.svg")
+    drawn = (tmp_path / "images" / "methods.svg").read_text()
+    assert all(f">{row['method']}<" in drawn for row in rows) and ">retrained, other seed<" in drawn
