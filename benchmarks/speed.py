@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--as_process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_process:
-        row = epoch(16, 96, device=start_processes())
+        row = epoch(64, 192, device=start_processes())
         if process_rank() == 0:
             print(row["seconds"], row["images"])
         end_processes()

@@ -17,11 +17,11 @@ from monai.config import KeysCollection
 from monai.data import DataLoader, Dataset
 from monai.transforms import MapTransform, Randomizable
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 from tqdm import tqdm
 
 from .checkpoint import weights_digest
-from .distributed import num_processes, process_rank
+from .distributed import all_shares, num_processes, own_share, process_rank
 from .request import item_id
 
 logger = logging.getLogger(__name__)
@@ -113,18 +113,22 @@ class ForgetRetainSampler(Sampler[list[int]]):
             sizes.append((min(count, len(indices)), min(number, len(indices))))
         return sizes
 
-    def shown(self, epochs: int) -> list[int]:
-        """The samples that the epochs 1 to ``epochs`` of a trainer show on all ranks, ascending; nothing is used up.
+    def shown(self, epochs: int, rank: int | None = None) -> list[int]:
+        """The samples that the epochs 1 to ``epochs`` of a trainer show, ascending; nothing is used up.
 
         What is computed once for each sample need be computed for these only. A trainer with ``ReseedEachEpoch`` counts
         its epochs from 1.
+
+        Args:
+            epochs: how many.
+            rank: whose samples; None asks for those of all ranks.
         """
         probe = copy.copy(self)
-        probe.rank, probe.num_ranks = 0, 1
+        probe.rank, probe.num_ranks = (0, 1) if rank is None else (rank, self.num_ranks)
         seen: set[int] = set()
         for epoch in range(1, epochs + 1):
             probe.set_epoch(epoch)
-            seen.update(index for batch in probe for index in batch)
+            seen.update(index if index >= 0 else ~index for batch in probe for index in batch)
         return sorted(seen)
 
     def size(self) -> int:
@@ -469,7 +473,8 @@ def cache_outputs(
 ) -> dict[tuple[str, str], Tensor]:
     """What a frozen network says about each item, computed once on the deterministic view.
 
-    The network runs in eval mode and is left in the mode it was in.
+    The network runs in eval mode and is left in the mode it was in. Several processes share the items out, and each
+    gets the outputs of all.
 
     Args:
         network: gives logits ``(B, C, *spatial)`` or ``(B, C)``.
@@ -483,13 +488,12 @@ def cache_outputs(
     Returns:
         The output of each item, keyed as in :class:`MemoryDataset`, for its ``targets``.
     """
-    outputs: dict[tuple[str, str], Tensor] = {}
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
-    rows = iter(dataset.data)
+    outputs: list[Tensor] = []
+    mine = Subset(dataset, own_share(range(len(dataset))))
+    loader = DataLoader(mine, batch_size=batch_size, num_workers=0)
     with evaluating(network):
         for batch in tqdm(loader, desc, leave=False, disable=process_rank() > 0):
             image = batch["image"].to(device)
             logits = network(image) if inferer is None else inferer(image, network)
-            for value, item in zip((logits if post is None else post(logits)).cpu(), rows):
-                outputs[store_key(item)] = value.clone()
-    return outputs
+            outputs += [value.clone() for value in (logits if post is None else post(logits)).cpu()]
+    return dict(zip(map(store_key, dataset.data), all_shares(outputs)))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .data import MemoryDataset, evaluating
-from .distributed import process_rank
+from .distributed import num_processes, process_rank
 
 logger = logging.getLogger(__name__)
 FEATURE = "trunk."  # item keys of what is kept of a sample
@@ -242,8 +242,9 @@ class KeepTrunk:
     def __call__(self, engine: Engine) -> None:
         trainer: Any = engine
         dataset = trainer.data_loader.dataset
-        shown = getattr(trainer.data_loader.batch_sampler, "shown", lambda epochs: range(len(dataset)))
-        places = [(index, view) for index in shown(engine.state.max_epochs) for view in range(dataset.views or 1)]
+        shown = getattr(trainer.data_loader.batch_sampler, "shown", lambda epochs, rank: range(len(dataset)))
+        each = [shown(engine.state.max_epochs, rank) for rank in range(num_processes())]
+        places = [(index, view) for index in each[process_rank()] for view in range(dataset.views or 1)]
         try:
             self.trunk = self._found(dataset, places)
         except _NotKept as reason:
@@ -251,7 +252,8 @@ class KeepTrunk:
             logger.info("the frozen part is computed in every step: %s.", reason)
             return
         dataset.features = self._record(self.trunk, dataset, places)
-        self.scored = len(next(iter(dataset.features.values())))
+        recorded = len(next(iter(dataset.features.values())))
+        self.scored = recorded * sum(map(len, each)) // len(each[process_rank()])
         self.outcome = f"{self.trunk.kept} tensors of a sample"
         trainer.inferer = TrunkInferer(self.trunk, trainer.inferer)
         trainer.prepare_batch = _HandOnFeatures(trainer.prepare_batch)

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ from toy import draw, small_unet
 from monai_unlearn import (
     DistillationLoss,
     ForgetRetainSampler,
+    KeepTrunk,
     MemoryDataset,
     PrepareUnlearning,
     ReseedEachEpoch,
     StopAtReference,
     UnlearningLoss,
+    cache_outputs,
     make_student,
     to_background,
 )
@@ -35,12 +38,19 @@ from monai_unlearn.distributed import AcrossProcesses, process_rank
 from monai_unlearn.engines import run_phase
 
 
-def unlearn(number: int, path: Path) -> dict:
-    """Forget some of 13 drawn samples, scored after each epoch, and write the weights."""
+def unlearn(number: int, path: Path, scope: str = "full") -> dict:
+    """Forget some of 13 drawn samples, scored after each epoch, and write the weights.
+
+    In a part of the network the teacher's outputs and what lies before that part are kept.
+    """
     items = [{"image": str(i), "label": "m", "forget": i < number, "sha256": f"s{i}"} for i in range(13)]
-    data = MemoryDataset(items, draw, extra=["forget"])
+    teacher, looked = small_unet(), []
+    teacher.register_forward_hook(lambda _, images, __: looked.append(len(images[0])))
+    kept = {} if scope == "full" else {"teacher": cache_outputs(teacher, MemoryDataset(items, draw), batch_size=4)}
+    data = MemoryDataset(items, draw, extra=["forget"], targets=kept)
     torch.manual_seed(0)
-    student = make_student(small_unet(), "full")
+    student = make_student(small_unet(), scope)
+    trunk = KeepTrunk(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     loss = UnlearningLoss(DiceCELoss(sigmoid=True, batch=True), nn.BCEWithLogitsLoss(), DistillationLoss(), 0.5)
     halves = {"forget": MemoryDataset(items[:number], draw), "retain": MemoryDataset(items[number:], draw)}
@@ -48,13 +58,13 @@ def unlearn(number: int, path: Path) -> dict:
     trainer = SupervisedTrainer(
         device="cpu", max_epochs=2, network=student, optimizer=optimizer, loss_function=loss, decollate=False,
         train_data_loader=DataLoader(data, batch_sampler=ForgetRetainSampler(data.forget, 2, 5), num_workers=0),
-        prepare_batch=PrepareUnlearning(to_background, small_unet()),
-        train_handlers=[AcrossProcesses(student), ReseedEachEpoch(0), stop],
+        prepare_batch=PrepareUnlearning(to_background, None if kept else teacher),
+        train_handlers=[AcrossProcesses(student), ReseedEachEpoch(0), stop, trunk],
     )  # fmt: skip
     record = run_phase(trainer, path, "f")
-    scores = score_cases(student, data)
+    scores = score_cases(student, MemoryDataset(items, draw))
     return {"images": record["images"], "history": stop.history, "iou": scores["iou"].tolist(),
-            "threads": torch.get_num_threads()}  # fmt: skip
+            "threads": torch.get_num_threads(), "looked": sum(looked), "trunk": trunk.scored}  # fmt: skip
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
@@ -63,7 +73,10 @@ def main(rank: int, processes: int, folder: Path) -> None:
     if processes > 1:
         store = dist.FileStore(str(folder / "store"), processes)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    found = {number: unlearn(number, folder / str(number) / "models" / "unlearned.pt") for number in (1, 2, 3, 7)}
+    found: dict[object, Any] = {
+        number: unlearn(number, folder / str(number) / "models" / "unlearned.pt") for number in (1, 2, 3, 7)
+    }
+    found["decoder"] = unlearn(3, folder / "decoder" / "models" / "unlearned.pt", "decoder")
     if processes > 1:
         network = nn.Conv2d(1, 1, 1)
         nn.init.constant_(network.weight, process_rank())

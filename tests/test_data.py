@@ -117,6 +117,19 @@ def test_what_an_epoch_shows_is_known_beforehand():
     assert shares[0].shown(2) == shares[1].shown(2) == sorted(expected)
 
 
+def test_what_an_epoch_shows_on_one_rank_is_known_beforehand():
+    """A stand-in is the sample whose place it takes."""
+    flags = [True] * 3 + [False] * 8
+    samplers = [ForgetRetainSampler(flags, 3, 4, rank=rank, num_ranks=2) for rank in (0, 1)]
+    expected: list[set[int]] = []
+    for sampler in samplers:
+        sampler.set_epoch(1)
+        expected.append({max(i, ~i) for batch in sampler for i in batch})
+    for sampler in samplers:
+        assert [set(sampler.shown(1, rank)) for rank in (0, 1)] == expected
+    assert expected[0] | expected[1] == set(range(len(flags))) and expected[0] != expected[1]
+
+
 def test_a_stand_in_has_no_label():
     def ones(item):
         return {"image": torch.ones(1, 2), "label": torch.ones(1, 2)}

@@ -37,7 +37,7 @@ def both(tmp_path_factory):
     return folder, run(folder / "one", 1)[0], run(folder / "two", 2)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 7])
+@pytest.mark.parametrize("number", [1, 2, 3, 7, "decoder"])
 def test_two_processes_make_the_model_of_one(both, number):
     folder, one, two = both
     file = Path(str(number), "models", "unlearned.pt")
@@ -50,8 +50,17 @@ def test_two_processes_make_the_model_of_one(both, number):
 
 
 def test_all_processes_return_the_same(both):
-    assert both[2][0] == both[2][1]
+    alike = [{name: {**found, "looked": 0, "trunk": 0} if name != "refused" else found
+              for name, found in rank.items()} for rank in both[2]]  # fmt: skip
+    assert alike[0] == alike[1]
     assert both[2][0]["7"]["images"] >= both[1]["7"]["images"]  # stand-ins are computed, and counted
+
+
+def test_what_is_kept_is_computed_once_by_one_of_the_processes(both):
+    _, one, two = both
+    assert one["decoder"]["looked"] == 13 and one["decoder"]["trunk"] == 13
+    assert sorted(rank["decoder"]["looked"] for rank in two) == [6, 7]
+    assert two[0]["7"]["looked"] > 0  # where nothing is kept the teacher is asked for every batch
 
 
 def test_different_weights_are_refused(both):
