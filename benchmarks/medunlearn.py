@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     "folds": ((), {"folds_teach": 1}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
-                                        "cf_k", "eu_k")},
+                                        "cf_k", "eu_k", "views")},
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
 QUICK = ["default", "identity", "fine_tune"]

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, Transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -269,6 +271,10 @@ def _scale_of_entropy(z: Tensor, wanted: float) -> float:
 class to_reference:
     """What models that never saw the sample say about it: the mean of their probabilities.
 
+    With ``views`` they are asked about the sample mirrored or shifted, and their answers are mapped back. A network
+    that was trained without such views remembers its training cases far less in them; so the network that is to forget
+    can itself stand in for a reference, and none has to be trained.
+
     Args:
         references: frozen networks that give logits ``(B, C, *spatial)`` or ``(B, C)``; used in eval mode.
         temperature: divides the logits; above 1 softens.
@@ -279,10 +285,20 @@ class to_reference:
             theirs is read.
         limit: so many of the unseen cases, at even steps.
         match: see :func:`fit_calibration`.
+        views: MONAI's invertible array transforms without randomness, each a view of a sample ``(C, *spatial)``, such
+            as ``Flip(0)`` or ``Affine(translate_params=(0, 3, 0))``; without any the sample is shown as it is.
 
     Raises:
-        ValueError: without a reference, with a temperature that is not positive, or with one of ``original`` and
-            ``unseen`` only.
+        ValueError: without a reference, with a temperature that is not positive, with one of ``original`` and
+            ``unseen`` only, or with a view that cannot be mapped back.
+
+    Example:
+        >>> from monai.transforms import Flip
+        >>> network = torch.nn.Conv2d(1, 1, 1)
+        >>> image = torch.rand(1, 1, 4, 4)  # a convolution of one voxel answers a mirrored view alike
+        >>> mirrored = to_reference(network, views=[Flip(0), Flip(1)])
+        >>> torch.allclose(mirrored(image, image), to_reference(network)(image, image))
+        True
     """
 
     def __init__(
@@ -294,10 +310,15 @@ class to_reference:
         unseen: Dataset | None = None,
         limit: int = 64,
         match: str = "probabilities",
+        views: Sequence[Transform] = (),
     ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
             raise ValueError("to_reference needs at least one reference network.")
+        for view in views:
+            if not isinstance(view, InvertibleTransform):
+                raise ValueError(f"a view must be a transform that can be inverted, which {view!r} cannot.")
+        self.views = list(views)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         if (original is None) != (unseen is None):
@@ -327,11 +348,24 @@ class to_reference:
     def _logits(self, image: Tensor, network: nn.Module) -> Tensor:
         return network(image) if self.inferer is None else self.inferer(image, network)
 
+    def _logits_of_view(self, image: Tensor, network: nn.Module, view: Any) -> Tensor:
+        """The logits for a view of each sample, in the sample's own place."""
+        seen = [view(MetaTensor(one)) for one in image]
+        said = self._logits(torch.stack([one.as_tensor() for one in seen]), network)
+        if said.ndim < image.ndim:  # a class has no place
+            return said
+        back = [view.inverse(MetaTensor(logits, meta=one.meta, applied_operations=one.applied_operations))
+                for logits, one in zip(said, seen)]  # fmt: skip
+        return torch.stack([one.as_tensor() for one in back])
+
     @torch.no_grad()
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
-        outputs = [self._logits(image, one) for one in self.references]
+        outputs = []
+        for place, network in enumerate(self.references):
+            said = [self._logits_of_view(image, network, view) for view in self.views]
+            said = said or [self._logits(image, network)]
+            outputs += [self.calibrations[place](one) for one in said] if self.calibrations else said
         self.passes += len(image) * len(outputs)
-        outputs = [calibration(one) for calibration, one in zip(self.calibrations, outputs)] or outputs
         return torch.stack([probabilities(one / self.temperature) for one in outputs]).mean(0).to(label)
 
     def report(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from monai.transforms import Affine, Flip, ScaleIntensity
 from torch import nn
 
 from monai_unlearn.checkpoint import CheckpointError
@@ -138,6 +139,45 @@ def test_a_reference_may_look_through_a_window():
         to_reference(network, inferer=inferer)(image, image[:, :1]), to_reference(network)(image, image[:, :1])
     )
     assert seen == [network]
+
+
+def test_a_reference_may_be_asked_about_mirrored_views_whose_answers_are_mirrored_back():
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 2, 3, padding=1)
+    image, label = torch.rand(2, 3, 6, 9), torch.zeros(2, 2, 6, 9)
+    views = to_reference(network, temperature=2.0, views=[Flip(0), Flip(1), Flip([0, 1])])
+    found, expected = views(image, label), torch.zeros_like(label)
+    for up, left in ((True, False), (False, True), (True, True)):
+        weight = network.weight.flip([2] * up + [3] * left)  # a mirrored kernel on the image as it is
+        said = nn.functional.conv2d(image, weight, network.bias, padding=1)
+        expected += (said / 2).softmax(1).detach() / 3
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, to_reference(network, temperature=2.0)(image, label), atol=1e-3)
+    assert views.report()["passes"] == 6 and type(found) is torch.Tensor
+
+
+def test_shifted_volumes_are_shifted_back():
+    """A network that adds up a voxel and its neighbour answers alike wherever the volume lies."""
+    network = nn.Conv3d(1, 1, (1, 1, 2), padding=0, bias=False)
+    image = torch.zeros(1, 1, 8, 8, 9)
+    image[..., 3:5, 3:5, 3:5] = torch.rand(2, 2, 2)
+    label = torch.zeros(1, 1, 8, 8, 8)
+    network.forward = lambda image: nn.functional.pad(image[..., 1:] + image[..., :-1], (0, 1))
+    shifted = to_reference(network, views=[Affine(translate_params=(1, -1, 2), padding_mode="zeros", image_only=True)])
+    torch.testing.assert_close(shifted(image, label), to_reference(network)(image, label), atol=1e-4, rtol=0)
+
+
+def test_the_views_of_a_classifier_are_not_mapped_back():
+    network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    image = torch.rand(2, 1, 5, 6, 7)
+    expected = (network(image.flip(2)).softmax(1) + network(image.flip(3, 4)).softmax(1)) / 2
+    found = to_reference(network, views=[Flip(0), Flip([1, 2])])(image, torch.zeros(2, 4))
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_a_view_that_cannot_be_mapped_back_is_refused():
+    with pytest.raises(ValueError, match="can be inverted"):
+        to_reference(nn.Identity(), views=[ScaleIntensity()])
 
 
 # kept labels ----------------------------------------------------------------------------------------------------------

@@ -351,6 +351,16 @@ def test_every_method_runs(name, quick, tmp_path):
     assert adapters == ({"adapter_config.json", "adapter_model.safetensors"} if scope == "all" else set())
 
 
+def test_mirrored_views_need_no_reference(quick, tmp_path):
+    folder = copy_of(quick, tmp_path)
+    for file in folder.glob("models/reference.*"):
+        file.unlink()
+    start(folder, "views", forget_ids=FORGOTTEN)
+    cost = report_of(folder)["cost"]
+    assert cost["reference_flops"] == 0 < cost["cache_flops"] and not list(folder.glob("models/reference.*"))
+    assert report_of(folder)["relabelling"] == {"passes": 3 * report_of(folder)["splits"]["forget"]}
+
+
 def test_a_learning_rate_of_zero_leaves_every_tensor_and_buffer_bit_identical(quick, tmp_path):
     folder = copy_of(quick, tmp_path)
     start(folder, run_id="unlearn", learning_rate=0.0, durability="standard")
