@@ -335,37 +335,40 @@ class to_reference:
         if not len(unseen):
             raise ValueError("to_reference cannot calibrate: there are no cases that neither model has seen.")
         device = next(original.parameters()).device
-        models, said = [original, *self.references], []
+        said = []
         for index in range(0, len(unseen), -(-len(unseen) // limit)):
             image = torch.as_tensor(unseen[index]["image"])[None].to(device)
-            logits = torch.cat([self._logits(image, one) for one in models])
+            logits = torch.cat([self._logits(image, original), *(self._answer(image, one) for one in self.references)])
             voxels = logits.reshape(*logits.shape[:2], -1)
             said.append(voxels[..., :: -(-voxels.shape[2] // 2**14)].cpu())  # so that large volumes fit into memory
-        self.passes += len(models) * len(said)
+        self.passes += len(said) * (1 + len(self.references) * max(1, len(self.views)))
         of_original, *others = torch.cat(said, -1).split(1)
         return [fit_calibration(one, of_original, match) for one in others]
 
     def _logits(self, image: Tensor, network: nn.Module) -> Tensor:
         return network(image) if self.inferer is None else self.inferer(image, network)
 
-    def _logits_of_view(self, image: Tensor, network: nn.Module, view: Any) -> Tensor:
-        """The logits for a view of each sample, in the sample's own place."""
-        seen = [view(MetaTensor(one)) for one in image]
-        said = self._logits(torch.stack([one.as_tensor() for one in seen]), network)
-        if said.ndim < image.ndim:  # a class has no place
-            return said
-        back = [view.inverse(MetaTensor(logits, meta=one.meta, applied_operations=one.applied_operations))
-                for logits, one in zip(said, seen)]  # fmt: skip
-        return torch.stack([one.as_tensor() for one in back])
+    def _answer(self, image: Tensor, network: nn.Module) -> Tensor:
+        """A reference's logits in the sample's place; over several views those of its mean probability."""
+        said = []
+        for view in self.views:
+            seen = [view(MetaTensor(one)) for one in image]
+            logits = self._logits(torch.stack([one.as_tensor() for one in seen]), network)
+            if logits.ndim == image.ndim:  # a class has no place
+                back = [view.inverse(MetaTensor(of, meta=one.meta, applied_operations=one.applied_operations))
+                        for of, one in zip(logits, seen)]  # fmt: skip
+                logits = torch.stack([one.as_tensor() for one in back])
+            said.append(probabilities(logits))
+        if not said:
+            return self._logits(image, network)
+        mean = torch.stack(said).mean(0)
+        return mean.logit(1e-6) if mean.shape[1] == 1 else mean.clamp_min(1e-6).log()
 
     @torch.no_grad()
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
-        outputs = []
-        for place, network in enumerate(self.references):
-            said = [self._logits_of_view(image, network, view) for view in self.views]
-            said = said or [self._logits(image, network)]
-            outputs += [self.calibrations[place](one) for one in said] if self.calibrations else said
-        self.passes += len(image) * len(outputs)
+        outputs = [self._answer(image, one) for one in self.references]
+        self.passes += len(image) * len(outputs) * max(1, len(self.views))
+        outputs = [calibration(one) for calibration, one in zip(self.calibrations, outputs)] or outputs
         return torch.stack([probabilities(one / self.temperature) for one in outputs]).mean(0).to(label)
 
     def report(self) -> dict[str, Any]:

@@ -150,10 +150,28 @@ def test_a_reference_may_be_asked_about_mirrored_views_whose_answers_are_mirrore
     for up, left in ((True, False), (False, True), (True, True)):
         weight = network.weight.flip([2] * up + [3] * left)  # a mirrored kernel on the image as it is
         said = nn.functional.conv2d(image, weight, network.bias, padding=1)
-        expected += (said / 2).softmax(1).detach() / 3
+        expected += said.softmax(1).detach() / 3
+    expected = expected.sqrt() / expected.sqrt().sum(1, keepdim=True)  # at temperature 2
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, to_reference(network, temperature=2.0)(image, label), atol=1e-3)
     assert views.report()["passes"] == 6 and type(found) is torch.Tensor
+
+
+def test_the_mean_over_views_is_calibrated_on_the_mean_over_the_same_views_of_unseen_cases():
+    """Answers that differ from view to view come out hedged, which the calibration takes back."""
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Conv2d(1, 1, 1)
+    network.forward = lambda image: 3 * image + torch.linspace(-2, 2, image.shape[-1])  # says more to the right
+    unseen = [{"image": torch.randn(1, 8, 8, generator=generator)} for _ in range(20)]
+    plain = lambda image: 3 * image + 0 * image  # noqa: E731
+    original = nn.Conv2d(1, 1, 1)
+    original.forward = plain
+    relabel = to_reference(network, original=original, unseen=unseen, views=[Flip(1), Flip([0, 1])])
+    assert relabel.report()["passes"] == 20 * 3
+    (calibration,) = relabel.calibrations
+    image = torch.randn(2, 1, 8, 8, generator=generator)
+    mean = sum((3 * image + shift).sigmoid() for shift in [torch.linspace(2, -2, 8)] * 2) / 2
+    torch.testing.assert_close(relabel(image, image), calibration(mean.logit()).sigmoid(), atol=1e-5, rtol=0)
 
 
 def test_shifted_volumes_are_shifted_back():

@@ -118,6 +118,17 @@ def test_every_method_runs(bundle, name, quick, tmp_path):
             assert json.loads((folder / "models" / f"{phase}.json").read_text())["images"] > 0
 
 
+@pytest.mark.parametrize("bundle", [bundle for bundle, name in METHODS if name == "views"])
+def test_a_reference_that_nobody_asks_is_neither_trained_nor_reported(bundle, quick, tmp_path):
+    folder = Path(shutil.copytree(quick(bundle), tmp_path / "output"))
+    for file in folder.glob("models/reference.*"):
+        file.unlink()
+    start(bundle, folder, "views", forget_ids=FORGET[bundle], with_retrained=0, relearn_steps=0)
+    report = report_of(folder)
+    assert "reference" not in report["scores"] and not list(folder.glob("models/reference.*"))
+    assert report["cost"]["reference_flops"] == 0 < report["cost"]["cache_flops"]
+
+
 @pytest.mark.parametrize("bundle", NAMES)
 def test_nothing_that_chooses_the_unlearned_model_sees_the_holdout(bundle):
     for file in sorted((BUNDLES / bundle / "configs").glob("**/*.json")):
