@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, Transform
+from monai.transforms import InvertibleTransform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -310,7 +310,7 @@ class to_reference:
         unseen: Dataset | None = None,
         limit: int = 64,
         match: str = "probabilities",
-        views: Sequence[Transform] = (),
+        views: Sequence[InvertibleTransform] = (),
     ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
