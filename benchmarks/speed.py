@@ -89,6 +89,11 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     PUBLISHED: (("erase_to_retain_paper",), {"learning_rate": 1e-3}),
     "Erase to Retain": (("erase_to_retain",), {"unlearn_epochs": 15}),
     "Erase to Retain, decoder": (("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder"}),
+    "Erase to Retain, decoder, each once, as long as the loop": (
+        ("erase_to_retain",),
+        {"unlearn_epochs": 15, "lora_scope": "decoder", "unlearn_phase#sampler#num_forget": 2, "stop_at_reference": 0,
+         "restore_epochs": 0},
+    ),
     "Erase to Retain, decoder, 3 kept for 1": (
         ("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder", "retain_per_forget": 3},
     ),
