@@ -229,6 +229,14 @@ def content(config_id: str) -> Any:
     return running_parser().get_parsed_content(config_id)
 
 
+def mentions(config_id: str, name: str) -> bool:
+    """Whether the text of an item of the running configuration holds a name; nothing is resolved for it.
+
+    It tells what an overlay does without, such as a reference, before anything is computed.
+    """
+    return any(name in text for text in _leaves(running_parser().get(config_id)))
+
+
 def resolved(config_id: str) -> dict[str, Any]:
     """The entries of a section of the running configuration that have been resolved so far, by name."""
     prefix = ReferenceResolver.normalize_id(config_id) + "::"

@@ -47,8 +47,9 @@ class ForgetRetainSampler(Sampler[list[int]]):
         num_retain: samples to keep in each (mixed or retain) batch of all ranks together; 0 leaves them out.
         order: ``mixed``, ``alternate`` or ``sequential``.
         retain_per_forget: samples to keep that an epoch shows for each sample to forget; None shows all of them. It
-            makes the cost of an epoch independent of the training set's size. A mixed batch holds no more of them
-            either, so that none has to be shown again to fill it.
+            makes the cost of an epoch independent of the training set's size. The next epoch goes on with others, and
+            all have been shown before one is again. A mixed batch holds no more of them either, so that none has to be
+            shown again to fill it.
         seed: fixes the order of the whole run.
         rank: of this process; None asks ``torch.distributed``.
         num_ranks: of processes; None asks ``torch.distributed``.
@@ -144,15 +145,16 @@ class ForgetRetainSampler(Sampler[list[int]]):
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        self.epoch += 1
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         sizes = self._sizes()
         rounds = max(-(-count // number) for count, number in sizes)
         streams = []
         for (_, indices, _), (count, number) in zip(self.groups, sizes, strict=True):
             needed = count if self.order == "sequential" else max(count, rounds * number)
             whole = self.order == "sequential" or -(-count // number) == rounds
-            streams.append(self._batches(indices, count if whole else needed, number, generator))
+            chosen = self._of_epoch(indices, count, epoch)
+            streams.append(self._batches(chosen, count if whole else needed, number, generator))
         if self.order == "mixed":
             yield from (sum(map(self._mine, parts), []) for parts in zip(*streams, strict=True))
         elif self.order == "alternate":
@@ -165,6 +167,11 @@ class ForgetRetainSampler(Sampler[list[int]]):
     def _mine(self, batch: list[int]) -> list[int]:
         """This rank's share of some samples; where they cannot be shared out evenly, a stand-in takes a place."""
         return [*batch, *[~batch[0]] * (-len(batch) % self.num_ranks)][self.rank :: self.num_ranks]
+
+    def _of_epoch(self, indices: Tensor, count: int, epoch: int) -> Tensor:
+        """The samples of an epoch that shows ``count`` of them: it goes on where the one before has stopped."""
+        order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.seed))]
+        return order[(epoch * count + torch.arange(count)) % len(order)] if count < len(indices) else indices
 
     @staticmethod
     def _batches(indices: Tensor, needed: int, number: int, generator: torch.Generator) -> list[list[int]]:

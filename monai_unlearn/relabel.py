@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform
+from monai.transforms import Compose, InvertibleTransform, Randomizable
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -290,7 +290,7 @@ class to_reference:
 
     Raises:
         ValueError: without a reference, with a temperature that is not positive, with one of ``original`` and
-            ``unseen`` only, or with a view that cannot be mapped back.
+            ``unseen`` only, or with a view that cannot be mapped back or is drawn at random.
 
     Example:
         >>> from monai.transforms import Flip
@@ -318,6 +318,8 @@ class to_reference:
         for view in views:
             if not isinstance(view, InvertibleTransform):
                 raise ValueError(f"a view must be a transform that can be inverted, which {view!r} cannot.")
+            if any(isinstance(part, Randomizable) for part in Compose(view).flatten().transforms):
+                raise ValueError(f"a view must be the same each time, and {view!r} is drawn at random.")
         self.views = list(views)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")

@@ -85,6 +85,21 @@ def test_an_epoch_shows_so_many_to_keep_for_each_to_forget_and_no_more(order, ra
     assert sum(not flags[i] for i in shown) == 8 * ratio and set(range(8)) <= set(shown)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_all_kept_are_shown_before_one_is_shown_again(order):
+    flags = [i < 4 for i in range(27)]  # 23 to keep, 8 in an epoch: three epochs show one of them twice
+    sampler = ForgetRetainSampler(flags, 2, 4, order, retain_per_forget=2)
+    epochs = [{i for batch in sampler for i in batch if not flags[i]} for _ in range(6)]
+    assert all(len(shown) == 8 for shown in epochs)
+    for start in range(4):
+        assert set.union(*epochs[start : start + 3]) == set(range(4, 27))
+    assert len(set(map(frozenset, epochs))) == 6
+    sampler.set_epoch(4)  # as a run that goes on
+    assert {i for batch in sampler for i in batch if not flags[i]} == epochs[4]
+    other = ForgetRetainSampler(flags, 2, 4, order, retain_per_forget=2, seed=1)
+    assert {i for batch in other for i in batch if not flags[i]} != epochs[0]
+
+
 def test_one_group_alone_is_possible():
     assert sides(ForgetRetainSampler(FLAGS, 0, 8)) == [(0, 8), (0, 8)]
     assert sides(ForgetRetainSampler(FLAGS, 2, 0)) == [(2, 0), (2, 0)]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from monai.transforms import Affine, Flip, ScaleIntensity
+from monai.transforms import Affine, Compose, Flip, RandFlip, ScaleIntensity
 from torch import nn
 
 from monai_unlearn.checkpoint import CheckpointError
@@ -194,9 +194,13 @@ def test_the_views_of_a_classifier_are_not_mapped_back():
     torch.testing.assert_close(found, expected.detach())
 
 
-def test_a_view_that_cannot_be_mapped_back_is_refused():
+def test_a_view_that_cannot_be_mapped_back_or_is_drawn_at_random_is_refused():
     with pytest.raises(ValueError, match="can be inverted"):
         to_reference(nn.Identity(), views=[ScaleIntensity()])
+    for view in (RandFlip(prob=1), Compose([Flip(0), RandFlip(prob=1)])):
+        with pytest.raises(ValueError, match="drawn at random"):
+            to_reference(nn.Identity(), views=[view])
+    assert to_reference(nn.Identity(), views=[Compose([Flip(0), Flip(1)])]).views
 
 
 # kept labels ----------------------------------------------------------------------------------------------------------

@@ -129,6 +129,25 @@ def test_a_reference_that_nobody_asks_is_neither_trained_nor_reported(bundle, qu
     assert report["cost"]["reference_flops"] == 0 < report["cost"]["cache_flops"]
 
 
+@pytest.mark.parametrize(
+    ("bundle", "name", "options", "wanted"),
+    [
+        *((bundle, name, {}, False) for bundle, name in METHODS if name == "views"),
+        ("isic_unlearn", "neggrad_plus", {}, True),  # its stop rule asks
+        ("isic_unlearn", "learning_rate_zero", {}, True),  # its new labels do
+        ("isic_unlearn", "views", {"stop_at_reference": 1}, True),
+        ("isic_unlearn", "neggrad_plus", {"stop_at_reference": 0}, False),
+    ],
+)
+def test_a_reference_is_planned_where_one_is_trained(bundle, name, options, wanted, tmp_path):
+    configs = BUNDLES / bundle / "configs"
+    flow = ConfigWorkflow([str(configs / "train.json"), str(configs / "methods" / f"{name}.json")],
+                          workflow_type="train", logging_file=False, quick=1, output_dir=str(tmp_path),
+                          forget_ids=FORGET[bundle], **options)  # fmt: skip
+    flow.initialize()
+    assert (flow.parser.get_parsed_content("planned").phases["reference"].flops > 0) == wanted
+
+
 @pytest.mark.parametrize("bundle", NAMES)
 def test_nothing_that_chooses_the_unlearned_model_sees_the_holdout(bundle):
     for file in sorted((BUNDLES / bundle / "configs").glob("**/*.json")):
