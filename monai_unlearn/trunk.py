@@ -238,6 +238,12 @@ class KeepTrunk:
     def attach(self, engine: Engine) -> None:
         """Listen to a MONAI trainer whose loader gives a :class:`monai_unlearn.MemoryDataset`."""
         engine.add_event_handler(Events.STARTED, self)
+        engine.add_event_handler(Events.COMPLETED, self._let_go)
+
+    def _let_go(self, engine: Engine) -> None:
+        """What training showed may be less than somebody asks the dataset for later, and takes memory."""
+        trainer: Any = engine
+        trainer.data_loader.dataset.features = {}
 
     def __call__(self, engine: Engine) -> None:
         trainer: Any = engine
@@ -320,7 +326,7 @@ class _HandOnFeatures:
         image, target, args, more = prepared if len(prepared) == 4 else (*prepared, (), {})
         number = sum(str(name).startswith(FEATURE) for name in batchdata)
         features = [batchdata[f"{FEATURE}{place}"].to(device, non_blocking=non_blocking) for place in range(number)]
-        return image, target, args, {**more, "features": features}
+        return image, target, args, {**more, "features": features or None}
 
 
 def _versions(tree: Any) -> dict[int, int]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import small_unet
-from monai.data import DataLoader
+from ignite.engine import Events
+from monai.data import DataLoader, list_data_collate
 from monai.networks.nets import DenseNet121, FlexibleUNet, SwinUNETR, UNet
 from monai.transforms import RandSpatialCropSamplesd
 from torch import nn
@@ -196,6 +197,21 @@ def test_a_run_with_and_without_the_trunk_gives_the_same_weights(tmp_path):
     assert isinstance(trainer.inferer, TrunkInferer) and short["reports"]["trunk"]["samples"] == 12
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=1e-5, atol=1e-5)
     assert short["flops"] < 0.75 * plain["flops"] and short["key"] == plain["key"]
+
+
+def test_what_was_kept_goes_when_training_ends_and_every_sample_can_be_asked_for(tmp_path):
+    student = make_student(small_unet(), "decoder")
+    trainer = unlearning_trainer(student, epochs=1, handlers=[KeepTrunk(student)])
+    kept = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: kept.append(len(trainer.data_loader.dataset.features))
+    )
+    trainer.run()
+    dataset = trainer.data_loader.dataset
+    assert min(kept) > 0 == len(dataset.features)
+    batch = list_data_collate([dataset[index] for index in range(len(dataset))])
+    image, _, args, more = trainer.prepare_batch(batch, "cpu", False)
+    torch.testing.assert_close(trainer.inferer(image, student, *args, **more), student(image))
 
 
 @pytest.mark.parametrize(
