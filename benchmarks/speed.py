@@ -83,6 +83,7 @@ PUBLISHED = "Erase to Retain, published loop"
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     "fine-tuning": (("fine_tune",), {}),
     "deletion (default)": ((), {}),
+    "deletion, lean": (("lean",), {}),
     "deletion, 3 kept for 1": ((), {"retain_per_forget": 3}),
     "deletion, 2 kept for 1": ((), {"retain_per_forget": 2}),
     "deletion, 1 kept for 1": ((), {"retain_per_forget": 1}),

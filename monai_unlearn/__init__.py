@@ -81,6 +81,7 @@ from .handlers import (
 from .lora import (
     adapters_disabled,
     freeze_norm,
+    hold_part,
     inject_lora,
     load_adapter,
     make_restorable,
@@ -201,6 +202,7 @@ __all__ = [
     "frozen",
     "given_reference",
     "hippocampus_datalist",
+    "hold_part",
     "inject_lora",
     "isic_classification_datalist",
     "isic_datalist",

@@ -65,6 +65,7 @@ EPHEMERAL = {
 METHOD_PARTS = (
     "durability",
     "lora_scope",
+    "frozen_scope",
     "relabel",
     "unlearn_phase#sampler",
     "unlearn_phase#forget_loss",

@@ -285,6 +285,41 @@ def shrink(original: nn.Module, fresh: nn.Module, keep: float) -> nn.Module:
     return student.requires_grad_(True)
 
 
+def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.Module:
+    """Take a part of a student out of what unlearns: it is the original's and stays so, statistics included.
+
+    The first levels of an encoder say little about single cases and cost most: held, they need no backward pass, and
+    what they give is computed once for each sample.
+
+    Args:
+        student: without adapters where a scope is given; left as it is.
+        original: the same network, plain.
+        scope: a regular expression that whole module names have to match, see :func:`inject_lora`; None holds nothing.
+
+    Returns:
+        A copy with the part held, or the student itself without a scope.
+
+    Raises:
+        ValueError: when the student has adapters, the scope matches no weights, or nothing is left to train.
+    """
+    if scope is None:
+        return student
+    if adapted_layers(student):
+        raise ValueError("frozen_scope is for students whose own weights train; adapters take lora_scope.")
+    pattern = re.compile(scope_pattern(student, scope))
+    held, given = copy.deepcopy(student), dict(original.named_modules())
+    parts = {name: module for name, module in held.named_modules() if name and pattern.fullmatch(name)}
+    for name, part in parts.items():
+        part.load_state_dict(given[name].state_dict())
+        freeze_norm(part).requires_grad_(False)
+    if not any(True for part in parts.values() for _ in part.parameters()):
+        top = ", ".join(name for name, _ in student.named_children())
+        raise ValueError(f"frozen_scope {scope!r} matches no weights of {type(student).__name__} (its parts: {top}).")
+    if not any(parameter.requires_grad for parameter in held.parameters()):
+        raise ValueError(f"frozen_scope {scope!r} leaves nothing of {type(student).__name__} to train.")
+    return held
+
+
 def make_restorable(unlearned: nn.Module, scope: str = "head", fresh: nn.Module | None = None) -> nn.Module:
     """A copy of a network in which only a part trains: Erase to Retain's gentle restoration of the head (2511.16574).
 

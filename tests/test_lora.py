@@ -29,6 +29,7 @@ from monai_unlearn.lora import (
     adapters_disabled,
     drift,
     freeze_norm,
+    hold_part,
     inject_lora,
     limit_drift,
     load_adapter,
@@ -376,6 +377,34 @@ def test_statistics_drift_only_where_that_is_asked_for():
         student(image)
         same = all(torch.equal(value, before[name]) for name, value in student.named_buffers())
         assert same == freeze
+
+
+def test_a_held_part_is_the_originals_bit_for_bit_while_the_rest_trains():
+    original = small_unet()
+    student = shrink(original, small_unet(seed=1), 0.5)
+    before = copy.deepcopy(student.state_dict())
+    held = hold_part(student, original, r"model\.0(\..*)?")
+    equal(student.state_dict(), before)
+    optimizer = torch.optim.SGD([p for p in held.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        held.train()
+        held(torch.rand(4, 3, 16, 16)).square().mean().backward()
+        optimizer.step()
+    first, rest = ({n: v for n, v in held.state_dict().items() if n.startswith("model.0.") == inside}
+                   for inside in (True, False))  # fmt: skip
+    equal(first, {name: original.state_dict()[name] for name in first})
+    moved = [name for name in rest if name.endswith(("weight", "running_mean"))]
+    assert first and moved and not any(torch.equal(rest[name], before[name]) for name in moved)
+    assert all(p.requires_grad != name.startswith("model.0.") for name, p in held.named_parameters())
+    assert hold_part(student, original, None) is student
+
+
+@pytest.mark.parametrize(("scope", "message"), [("nowhere", "matches no weights"), (".*", "leaves nothing")])
+def test_a_part_to_hold_that_is_none_or_all_is_refused(scope, message):
+    with pytest.raises(ValueError, match=message):
+        hold_part(small_unet(), small_unet(), scope)
+    with pytest.raises(ValueError, match="adapters take lora_scope"):
+        hold_part(make_student(small_unet()), small_unet(), scope)
 
 
 def test_shrinking_mixes_weights_and_statistics_of_two_networks():
