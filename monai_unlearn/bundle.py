@@ -28,6 +28,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import Tensor, nn
 
+from . import lora
 from .audit import audit
 from .audit.reference import References, regression_reference
 from .audit.scores import Inferer, main_score, score_cases
@@ -74,6 +75,7 @@ METHOD_PARTS = (
 )
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 2),
+    (lora.StudentError, 2),
     (DataError, 3),
     (CheckpointError, 3),
     (ReleaseError, 3),
@@ -112,6 +114,10 @@ def plain_errors(function: Callable[P, R]) -> Callable[P, R]:
             stop(str(error), next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
 
     return wrapped
+
+
+make_student, make_restorable = plain_errors(lora.make_student), plain_errors(lora.make_restorable)
+hold_part, shrink = plain_errors(lora.hold_part), plain_errors(lora.shrink)
 
 
 def on_stack(kind: type[R]) -> Iterator[R]:

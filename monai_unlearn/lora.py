@@ -59,6 +59,10 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
 }
 
 
+class StudentError(ValueError):
+    """A student cannot be made as it was asked for; the message says what can."""
+
+
 def _weight(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight)
 
@@ -142,7 +146,7 @@ def scope_pattern(network: nn.Module, scope: str) -> str:
     known = ARCHITECTURES.get(type(network).__name__)
     if known is None:
         top = [name for name, _ in network.named_children()]
-        raise ValueError(
+        raise StudentError(
             f"which part of {type(network).__name__} is the {scope} is not known; give lora_scope as a regular "
             f"expression over module names. Its parts are {', '.join(top)}."
         )
@@ -183,9 +187,9 @@ def inject_lora(
             activation layers are passed over.
     """
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+        raise StudentError(f"rank must be at least 1, got {rank}.")
     if adapted_layers(network):
-        raise ValueError("the network has adapters already; merge or drop them first.")
+        raise StudentError("the network has adapters already; merge or drop them first.")
     pattern = re.compile(scope_pattern(network, scope))
     matched = {name: module for name, module in network.named_modules() if name and pattern.fullmatch(name)}
     leaves = {name: module for name, module in matched.items() if isinstance(module, ADAPTABLE)}
@@ -195,13 +199,13 @@ def inject_lora(
         if not isinstance(module, (*ADAPTABLE, *PASSED_OVER)) and any(True for _ in module.parameters(recurse=False))
     ]
     if strange and scope not in ("all", "decoder", "head"):
-        raise ValueError(f"scope {scope!r} asks for layers that cannot be adapted: {', '.join(strange)}.")
+        raise StudentError(f"scope {scope!r} asks for layers that cannot be adapted: {', '.join(strange)}.")
     ranks = {name: _rank(module, rank) for name, module in leaves.items()}
     if scope != "all" and not any(ranks.values()):  # only layers smaller than any adapter were asked for
         ranks = dict.fromkeys(ranks, 1)
     chosen = [name for name, r in ranks.items() if r > 0]
     if not chosen:
-        raise ValueError(f"scope {scope!r} matches no layer of {type(network).__name__} that an adapter fits in.")
+        raise StudentError(f"scope {scope!r} matches no layer of {type(network).__name__} that an adapter fits in.")
     left_out = [name for name in leaves if name not in chosen] + strange
     if left_out:
         logger.info("left without adapter, smaller than any or of another kind: %s", ", ".join(left_out))
@@ -272,7 +276,7 @@ def shrink(original: nn.Module, fresh: nn.Module, keep: float) -> nn.Module:
         ValueError: when a lies outside, or the networks differ.
     """
     if not 0 <= keep <= 1:
-        raise ValueError(f"shrink must lie in [0, 1], got {keep}.")
+        raise StudentError(f"shrink must lie in [0, 1], got {keep}.")
     student, new = copy.deepcopy(original), fresh.state_dict()
     if set(new) != set(student.state_dict()):
         raise ValueError("the fresh network has other weights than the original.")
@@ -305,7 +309,7 @@ def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.
     if scope is None:
         return student
     if adapted_layers(student):
-        raise ValueError("frozen_scope is for students whose own weights train; adapters take lora_scope.")
+        raise StudentError("frozen_scope is for students whose own weights train; adapters take lora_scope.")
     pattern = re.compile(scope_pattern(student, scope))
     held, given = copy.deepcopy(student), dict(original.named_modules())
     parts = {name: module for name, module in held.named_modules() if name and pattern.fullmatch(name)}
@@ -314,9 +318,9 @@ def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.
         freeze_norm(part).requires_grad_(False)
     if not any(True for part in parts.values() for _ in part.parameters()):
         top = ", ".join(name for name, _ in student.named_children())
-        raise ValueError(f"frozen_scope {scope!r} matches no weights of {type(student).__name__} (its parts: {top}).")
+        raise StudentError(f"frozen_scope {scope!r} matches no weights of {type(student).__name__} (its parts: {top}).")
     if not any(parameter.requires_grad for parameter in held.parameters()):
-        raise ValueError(f"frozen_scope {scope!r} leaves nothing of {type(student).__name__} to train.")
+        raise StudentError(f"frozen_scope {scope!r} leaves nothing of {type(student).__name__} to train.")
     return held
 
 
@@ -342,7 +346,7 @@ def make_restorable(unlearned: nn.Module, scope: str = "head", fresh: nn.Module 
     for parameter in chain.from_iterable(part.parameters() for part in parts):
         parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError(f"scope {scope!r} matches nothing in {type(network).__name__} that could be restored.")
+        raise StudentError(f"scope {scope!r} matches nothing in {type(network).__name__} that could be restored.")
     if fresh is not None:
         new = dict(fresh.named_modules())
         for name, part in network.named_modules():

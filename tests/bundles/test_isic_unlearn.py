@@ -421,6 +421,20 @@ def test_the_plan_writes_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen_scope": "nowhere"}, "frozen_scope 'nowhere' matches no weights of UNet"),
+        ({"durability": "standard", "lora_scope": "nowhere"}, "scope 'nowhere' matches no layer of UNet"),
+        ({"durability": "standard", "lora_scope": "all", "rank": 0}, "rank must be at least 1, got 0"),
+        ({"shrink": 3}, "shrink must lie in .0, 1., got 3"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused_by_the_plan(options, message, tmp_path):
+    with pytest.raises(Stop, match=message):
+        start(tmp_path / "out", run_id="plan", **options)
+
+
 def test_the_properties_and_ids_are_monais_own():
     flow = ConfigWorkflow(TRAIN, workflow_type="train", logging_file=False, quick=1)
     flow.initialize()
