@@ -9,7 +9,7 @@
 caches, as sets, images and networks grow, and on several processes. *precision*: a training step in bfloat16, with
 ``channels_last``, and compiled. *run*: whole runs of the bundle isic_unlearn with original, references and retrained
 model given (``--models``, a folder with the weights of an earlier run), so that they differ in the unlearning alone.
-*gpu*: larger images and batches, where there is a GPU.
+*gpu*: larger images and batches, and with ``--dataset_dir`` whole runs of a larger network, where there is a GPU.
 
 The published loop of Erase to Retain is written anew here from its description: it calls its teacher for every
 retained sample of every epoch. That of the perturbed sign gradients stands in ``boundary_search.py``. Operations are
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import socket
@@ -99,6 +100,16 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
         ("erase_to_retain",), {"unlearn_epochs": 15, "lora_scope": "decoder", "retain_per_forget": 3},
     ),
 }  # fmt: skip
+
+
+GPU_SETTING = "isic_unlearn, resnet34, 256 x 256"
+GPU_OPTIONS: dict[str, object] = {"spatial_size": [256, 256], "relearn_steps": 0, "forget_fraction": 0.1}
+GPU_RUNS: dict[str, tuple[str, ...]] = {  # with the overlay flexible_unet: a ResNet-34 as encoder
+    "deletion (default)": (),
+    "fine-tuning": ("fine_tune",),
+    "perturbed sign gradients, voxels": ("boundary_margin",),
+    PUBLISHED: ("erase_to_retain_paper",),
+}
 
 
 def fastest(step: Callable[[], Any], device: torch.device, repeat: int = 3) -> float:
@@ -266,23 +277,28 @@ def precision_of(device: torch.device, cache: Path) -> Iterator[dict]:
     yield setting("bfloat16, channels last, compiled", True, "bfloat16", True)
 
 
-def gpu_rows(device: torch.device) -> Iterator[dict]:
-    """Batches and images up to 512², seconds and memory of a full step and of one with the frozen part kept."""
-    for side in (128, 256, 512):
-        for batch in (1, 8, 32, 128):
-            network = seeded(NETWORKS["FlexibleUNet, resnet34"][0], 0).to(device).eval()
-            image = torch.rand(batch, 3, side, side, device=device)
-            decoder, everything = make_student(network, "decoder").to(device), copy.deepcopy(network)
-            trunk = FrozenTrunk(decoder, torch.rand(2, 3, side, side, device=device))
-            features = trunk.record(decoder, image)
-            everything.requires_grad_(True)
-            played = partial(one_pass, decoder, image, trunk, features)
-            for name, step in (("all weights", partial(one_pass, everything, image)), ("decoder, kept", played)):
-                torch.cuda.reset_peak_memory_stats()
-                flops, seconds = counted(step), fastest(step, device)
-                yield {"setting": f"{side} x {side}, batch {batch}", "row": f"{side} {batch} {name}",
-                       "flops": flops / batch, "seconds": seconds / batch, "share": flops / seconds,
-                       "memory": torch.cuda.max_memory_allocated()}  # fmt: skip
+def gpu_rows(device: torch.device, side: int, batch: int) -> Iterator[dict]:
+    """Seconds and memory of a full step and of one with the frozen part kept; what does not fit has no numbers."""
+    network = seeded(NETWORKS["FlexibleUNet, resnet34"][0], 0).to(device).eval()
+    image = torch.rand(batch, 3, side, side, device=device)
+    decoder, everything = make_student(network, "decoder").to(device), copy.deepcopy(network)
+    trunk = FrozenTrunk(decoder, torch.rand(2, 3, side, side, device=device))
+    everything.requires_grad_(True)
+
+    def kept() -> Callable[[], None]:
+        return partial(one_pass, decoder, image, trunk, trunk.record(decoder, image))
+
+    for name, prepare in (("all weights", lambda: partial(one_pass, everything, image)), ("decoder, kept", kept)):
+        torch.cuda.reset_peak_memory_stats()
+        row = {"row": f"{side} {batch} {name}"}
+        try:
+            step = prepare()
+            flops, seconds = counted(step), fastest(step, device)
+        except torch.OutOfMemoryError:
+            yield row
+            continue
+        yield row | {"flops": flops / batch, "seconds": seconds / batch, "share": flops / seconds,
+                     "memory": torch.cuda.max_memory_allocated()}  # fmt: skip
 
 
 def run_row(report: dict, models: Path) -> dict:
@@ -369,8 +385,11 @@ def tables(rows: list[dict]) -> Iterator[str]:
     for setting, members in section("gpu").items():
         lines = [[setting, "ms for one sample", "TFLOP/s", "peak GiB"]]
         for row in members:
-            lines.append([row["row"], f"{1000 * float(row['seconds']):.3f}", f"{float(row['share']) / 1e12:.2f}",
-                          f"{float(row['memory']) / 2**30:.2f}"])  # fmt: skip
+            found = ["does not fit", "–", "–"]
+            if row["seconds"]:
+                found = [f"{1000 * float(row['seconds']):.3f}", f"{float(row['share']) / 1e12:.2f}",
+                         f"{float(row['memory']) / 2**30:.2f}"]  # fmt: skip
+            lines.append([row["row"], *found])
         yield markdown(lines)
 
 
@@ -391,9 +410,11 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    def done(section: str, setting: str, name: str) -> bool:
+        return (section, setting, name) in {(row["section"], row["setting"], row["row"]) for row in finished(ROWS)}
+
     def missing(section: str, setting: str, name: str) -> bool:
-        there = {(row["section"], row["setting"], row["row"]) for row in finished(ROWS)}
-        return section in arguments.sections and (section, setting, name) not in there
+        return section in arguments.sections and not done(section, setting, name)
 
     def keep(section: str, setting: str, row: dict) -> None:
         found = {
@@ -432,8 +453,16 @@ def main() -> None:
                 report = run(BUNDLE, overlays, arguments.dataset_dir, folder, **given, **options)
                 keep("run", "isic_unlearn, 96 x 128", {"row": name, **run_row(report, arguments.models)})
     if device.type == "cuda" and "gpu" in arguments.sections:
-        for row in gpu_rows(device):
-            keep("gpu", row.pop("setting"), row)
+        for side, batch in itertools.product((128, 256, 512), (1, 8, 32, 128)):
+            setting = f"{side} x {side}, batch {batch}"
+            if not done("gpu", setting, f"{side} {batch} decoder, kept"):
+                for row in gpu_rows(device, side, batch):
+                    keep("gpu", setting, row)
+        for name, overlays in GPU_RUNS.items():
+            if arguments.dataset_dir and not done("run", GPU_SETTING, name):
+                folder = arguments.output_dir / "resnet34"  # original, references and retrained model are shared
+                report = run(BUNDLE, ("flexible_unet", *overlays), arguments.dataset_dir, folder, **GPU_OPTIONS)
+                keep("run", GPU_SETTING, {"row": name, **run_row(report, folder / "models")})
     for text in tables(finished(ROWS)):
         print(f"\n{text}")
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -78,3 +79,27 @@ def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
     medunlearn.figure(rows, tmp_path / "images" / "methods.svg")
     drawn = (tmp_path / "images" / "methods.svg").read_text()
     assert all(f">{row['method']}<" in drawn for row in rows) and ">retrained, other seed<" in drawn
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("speed")
+
+
+def test_a_gpu_is_asked_for_steps_and_whole_runs_and_what_does_not_fit_has_no_numbers(speed, monkeypatch):
+    """On the processor in place of a GPU: the section has no other code of its own."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    one, kept = speed.gpu_rows(torch.device("cpu"), 64, 2)
+    assert one["row"] == "64 2 all weights" and 0 < kept["flops"] < 0.5 * one["flops"] and kept["seconds"] > 0
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed, "one_pass", full)
+    rows = list(speed.gpu_rows(torch.device("cpu"), 64, 2))
+    assert rows == [{"row": "64 2 all weights"}, {"row": "64 2 decoder, kept"}]
+    given = [{"section": "gpu", "setting": "64 x 64, batch 2", "seconds": "", **row} for row in rows]
+    (table,) = speed.tables(given)
+    assert table.count("does not fit") == 2
