@@ -81,6 +81,38 @@ def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
     assert all(f">{row['method']}<" in drawn for row in rows) and ">retrained, other seed<" in drawn
 
 
+def test_what_a_search_found_is_what_the_run_gets(medunlearn, monkeypatch, tmp_path):
+    """Under the same share set apart, and in rows of its own, with the settings."""
+    runs, rows = [], []
+
+    def run(bundle, overlays, dataset_dir, folder, run_id="run", **options):
+        runs.append((run_id, options))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tuning.json").write_text(json.dumps({"best": {"settings": {"learning_rate": 0.5}}}))
+
+    monkeypatch.setattr(medunlearn, "run", run)
+    monkeypatch.setattr(medunlearn, "row_of", lambda report, *key: {"key": key})
+    monkeypatch.setattr(medunlearn, "append", lambda path, row: rows.append(row))
+    given = [
+        "--data",
+        "isic",
+        "--dataset_dir",
+        "d",
+        "--output_dir",
+        str(tmp_path),
+        "--methods",
+        "scrub",
+        "--seeds",
+        "7",
+    ]
+    monkeypatch.setattr(sys, "argv", ["medunlearn.py", *given, "--tuned"])
+    medunlearn.main()
+    (searched, of_search), (ran, of_run) = runs
+    assert (searched, ran) == ("tune", "run") and of_search["tuning_share"] == 0.3
+    assert of_run == of_search | {"learning_rate": 0.5}
+    assert rows == [{"key": ("isic", "random, tuned", "scrub", 7), "settings": '{"learning_rate": 0.5}'}]
+
+
 @pytest.fixture
 def speed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
