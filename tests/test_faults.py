@@ -208,6 +208,6 @@ def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ende
 
 def test_every_kind_of_error_has_its_exit_code():
     assert {kind.__name__: code for kind, code in EXIT_CODES} == {
-        "RequestError": 2, "DataError": 3, "CheckpointError": 3, "ReleaseError": 3, "MemoryShortError": 3,
-        "NotFiniteError": 4,
+        "RequestError": 2, "StudentError": 2, "DataError": 3, "CheckpointError": 3, "ReleaseError": 3,
+        "MemoryShortError": 3, "NotFiniteError": 4,
     }  # fmt: skip
