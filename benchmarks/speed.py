@@ -104,11 +104,9 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
 
 GPU_SETTING = "isic_unlearn, resnet34, 256 x 256"
 GPU_OPTIONS: dict[str, object] = {"spatial_size": [256, 256], "relearn_steps": 0, "forget_fraction": 0.1}
-GPU_RUNS: dict[str, tuple[str, ...]] = {  # with the overlay flexible_unet: a ResNet-34 as encoder
-    "deletion (default)": (),
-    "fine-tuning": ("fine_tune",),
-    "perturbed sign gradients, voxels": ("boundary_margin",),
-    PUBLISHED: ("erase_to_retain_paper",),
+GPU_RUNS = {  # with the overlay flexible_unet: a ResNet-34 as encoder
+    **{name: RUNS[name] for name in ("deletion (default)", "fine-tuning", PUBLISHED)},
+    "perturbed sign gradients, voxels": (("boundary_margin",), {}),
 }
 
 
@@ -458,10 +456,11 @@ def main() -> None:
             if not done("gpu", setting, f"{side} {batch} decoder, kept"):
                 for row in gpu_rows(device, side, batch):
                     keep("gpu", setting, row)
-        for name, overlays in GPU_RUNS.items():
+        for name, (overlays, options) in GPU_RUNS.items():
             if arguments.dataset_dir and not done("run", GPU_SETTING, name):
                 folder = arguments.output_dir / "resnet34"  # original, references and retrained model are shared
-                report = run(BUNDLE, ("flexible_unet", *overlays), arguments.dataset_dir, folder, **GPU_OPTIONS)
+                overlays, options = ("flexible_unet", *overlays), GPU_OPTIONS | options
+                report = run(BUNDLE, overlays, arguments.dataset_dir, folder, **options)
                 keep("run", GPU_SETTING, {"row": name, **run_row(report, folder / "models")})
     for text in tables(finished(ROWS)):
         print(f"\n{text}")

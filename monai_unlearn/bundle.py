@@ -239,7 +239,8 @@ def content(config_id: str) -> Any:
 def mentions(config_id: str, name: str) -> bool:
     """Whether the text of an item of the running configuration holds a name; nothing is resolved for it.
 
-    It tells what an overlay does without, such as a reference, before anything is computed.
+    It tells what an overlay does without, such as a reference, before anything is computed. What the item refers to is
+    not searched.
     """
     return any(name in text for text in _leaves(running_parser().get(config_id)))
 

@@ -351,6 +351,22 @@ def test_every_method_runs(name, quick, tmp_path):
     assert adapters == ({"adapter_config.json", "adapter_model.safetensors"} if scope == "all" else set())
 
 
+def test_lean_holds_the_first_levels_and_shows_each_epoch_other_retained_cases(quick, tmp_path):
+    folder = copy_of(quick, tmp_path)
+    start(folder, "lean", forget_ids=FORGOTTEN, relearn_steps=0)
+    original, unlearned = (read_weights(folder / "models" / f"{one}.pt") for one in ("original", "unlearned"))
+    held = {name for name in original if name.startswith(("model.0.", "model.1.submodule.0."))}
+    assert any("running_mean" in name for name in held)
+    assert all(torch.equal(original[name], unlearned[name]) for name in held)
+    weights = [name for name in original.keys() - held if name.endswith("conv.weight")]
+    assert len(weights) > 10 and not any(torch.equal(original[name], unlearned[name]) for name in weights)
+    record = json.loads((folder / "models" / "unlearned.json").read_text())
+    forget = report_of(folder)["splits"]["forget"]
+    retain = report_of(folder)["splits"]["retain"]
+    assert record["reports"]["trunk"]["samples"] == forget + min(retain, 3 * 3 * forget)  # three epochs, each others
+    assert record["trainable_parameters"] < record["total_parameters"]
+
+
 def test_mirrored_views_need_no_reference(quick, tmp_path):
     folder = copy_of(quick, tmp_path)
     for file in folder.glob("models/reference.*"):
