@@ -11,9 +11,9 @@ Resumable: one CSV row per finished run. The runs of a seed and a request share 
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
 with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
 remembers most, see :func:`hardest`; it needs the random request's run. ``--methods folds`` lets cross-validation models
-teach, see :func:`fold_models`. ``--tuned`` searches the settings of each method first, eight trials each, on a part of
-the unseen cases that no audit sees again; its rows form tables of their own. ``--quick`` runs three methods of one
-seed.
+teach, see :func:`fold_models`; ``--methods retrain`` hands in a third retrained model as if it had been unlearned.
+``--tuned`` searches the settings of each method first, eight trials each, on a part of the unseen cases that no audit
+sees again; its rows form tables of their own. ``--quick`` runs three methods of one seed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     "folds": ((), {"folds_teach": 1}),
+    "retrain": ((), {}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k", "views", "lean")},
@@ -55,25 +56,38 @@ SPLITS = ("forget", "retain", "holdout")
 MODELS = ("original", "unlearned", "retrained", "retrained_other")
 
 
+def trained_on(
+    items: list[dict], get: Callable[[str], Any], bundle: str, dataset_dir: str, place: Path, seed: int
+) -> str:
+    """Train a model as the original was, on some of the training cases alone; the file with its weights."""
+    kept = ("image", "label", "fold", "group")
+    sides = {"training": items, "validation": get("resolution").holdout}
+    lists = {side: [{key: item[key] for key in kept} for item in those] for side, those in sides.items()}
+    write_json(lists, place / "datalist.json")
+    run(bundle, (), dataset_dir, place, "original", datalist=place.absolute() / "datalist.json", forget_fraction=0.1,
+        seed=seed)  # fmt: skip
+    return str(place.absolute() / "models" / "original.pt")
+
+
 def fold_models(bundle: str, given: dict[str, object], folder: Path) -> dict[str, str]:
-    """Train the models of a cross-validation as the original was, each on the training cases outside its fold.
+    """Train the models of a cross-validation, each on the training cases outside its fold.
 
     They stand for those that an institute has kept: their training is no part of what unlearning costs.
     """
     get = content_of(bundle, given, folder)
-    training, holdout = get("resolution").training, get("resolution").holdout
-    kept = ("image", "label", "fold", "group")
-    models = {}
-    for fold in sorted({item["fold"] for item in training}):
-        place = folder / "folds" / fold
-        sides = {"training": [item for item in training if item["fold"] != fold], "validation": holdout}
-        lists = {side: [{key: item[key] for key in kept} for item in items] for side, items in sides.items()}
-        write_json(lists, place / "datalist.json")
-        seed = 10 * (int(str(given["seed"])) + 1) + int(fold)
-        run(bundle, (), str(given["dataset_dir"]), place, "original", datalist=place.absolute() / "datalist.json",
-            forget_fraction=0.1, seed=seed)  # fmt: skip
-        models[fold] = str(place.absolute() / "models" / "original.pt")
-    return models
+    training = get("resolution").training
+    return {
+        fold: trained_on([item for item in training if item["fold"] != fold], get, bundle, str(given["dataset_dir"]),
+                         folder / "folds" / fold, 10 * (int(str(given["seed"])) + 1) + int(fold))
+        for fold in sorted({item["fold"] for item in training})
+    }  # fmt: skip
+
+
+def third_retrained(bundle: str, given: dict[str, object], folder: Path) -> str:
+    """Train a third model on the retained cases; the run itself makes two."""
+    get, seed = content_of(bundle, given, folder), int(str(given["seed"])) + 6000
+    retained = get("resolution").splits["retain"]
+    return trained_on(retained, get, bundle, str(given["dataset_dir"]), folder / "retrained_third", seed)
 
 
 def content_of(bundle: str, given: dict[str, object], folder: Path) -> Callable[[str], Any]:
@@ -260,6 +274,8 @@ def main() -> None:
                     given = {"forget_request": request, "seed": seed}
                 if name == "folds":
                     given["reference_models"] = fold_models(bundle, given | data, folder)
+                if name == "retrain":
+                    given["unlearned_model"] = third_retrained(bundle, given | data, folder)
                 given |= {"with_retrained": 2, "relearn_steps": 0, **options}
                 settings: dict[str, float] = {}
                 if arguments.tuned:

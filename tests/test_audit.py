@@ -327,6 +327,18 @@ def test_forgetting_too_much_fails_as_well():
     assert name == "FAIL" and "over-forgotten" in " ".join(reasons)
 
 
+def test_patients_who_are_hard_for_every_model_that_never_saw_them_fail_nobody_who_is_no_worse():
+    """The judge says .70 of an unseen case; the retrained model, which never saw these, does worse on them."""
+    unseen = model(0.68, seed=60)
+    name, reasons = verdict(model(0.68, seed=50))
+    assert name == "FAIL" and "direction over-forgotten" in reasons[0]
+    assert verdict(model(0.68, seed=50), retrained=unseen)[0] == "NOT REFUTED"
+    assert verdict(model(0.70, seed=50), retrained=unseen)[0] == "NOT REFUTED"  # between chance and the retrained model
+    for level, direction in ((0.64, "over-forgotten"), (0.73, "remembered")):
+        name, reasons = verdict(model(level, seed=50), retrained=unseen)
+        assert name == "FAIL" and f"in the retrained model, direction {direction}" in " ".join(reasons), level
+
+
 def test_a_collapsed_model_fails_though_its_forget_score_is_right():
     name, reasons = verdict(model(0.70, holdout=0.6, seed=30))
     assert name == "FAIL" and "unseen cases lost" in reasons[0]

@@ -73,6 +73,26 @@ def test_each_model_of_a_cross_validation_sees_the_training_cases_outside_its_fo
         assert Path(model) == tmp_path / "folds" / fold / "models" / "original.pt"
 
 
+def test_the_third_retrained_model_sees_the_retained_cases_alone_and_is_handed_in_as_unlearned(
+    medunlearn, monkeypatch, tmp_path
+):
+    resolution = patients()["resolution"]
+    resolution.splits = {"retain": [item for item in resolution.training if not item["forget"]]}
+    monkeypatch.setattr(medunlearn, "content_of", lambda *_: {"resolution": resolution}.get)
+    monkeypatch.setattr(medunlearn, "row_of", lambda report, *key: {"key": key})
+    monkeypatch.setattr(medunlearn, "append", lambda *_: None)
+    called = []
+    monkeypatch.setattr(medunlearn, "run", lambda *arguments, **options: called.append(options))
+    given = f"--data isic --dataset_dir d --output_dir {tmp_path} --methods retrain --seeds 1"
+    monkeypatch.setattr(sys, "argv", ["medunlearn.py", *given.split()])
+    medunlearn.main()
+    trained, audited = called
+    assert {item["group"] for item in json.loads(Path(trained["datalist"]).read_text())["training"]} == {"b", "c"}
+    assert trained["seed"] != audited["seed"] == 1
+    place = tmp_path / "isic" / "seed1" / "retrained_third" / "models" / "original.pt"
+    assert audited["unlearned_model"] == str(place)
+
+
 def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
     with (BENCHMARKS / "medunlearn.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if (row["data"], row["request"]) == ("isic", "random")]
@@ -93,24 +113,33 @@ def test_what_a_search_found_is_what_the_run_gets(medunlearn, monkeypatch, tmp_p
     monkeypatch.setattr(medunlearn, "run", run)
     monkeypatch.setattr(medunlearn, "row_of", lambda report, *key: {"key": key})
     monkeypatch.setattr(medunlearn, "append", lambda path, row: rows.append(row))
-    given = [
-        "--data",
-        "isic",
-        "--dataset_dir",
-        "d",
-        "--output_dir",
-        str(tmp_path),
-        "--methods",
-        "scrub",
-        "--seeds",
-        "7",
-    ]
-    monkeypatch.setattr(sys, "argv", ["medunlearn.py", *given, "--tuned"])
+    given = f"--data isic --dataset_dir d --output_dir {tmp_path} --methods scrub --seeds 7 --tuned"
+    monkeypatch.setattr(sys, "argv", ["medunlearn.py", *given.split()])
     medunlearn.main()
     (searched, of_search), (ran, of_run) = runs
     assert (searched, ran) == ("tune", "run") and of_search["tuning_share"] == 0.3
     assert of_run == of_search | {"learning_rate": 0.5}
     assert rows == [{"key": ("isic", "random, tuned", "scrub", 7), "settings": '{"learning_rate": 0.5}'}]
+
+
+@pytest.fixture
+def durability(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("durability")
+
+
+def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(durability):
+    """Distances to each of three retrained models; the floor is that of their three pairs."""
+    columns = ("benign_0", *durability.SHOWN)
+    levels = {"original": 0.9, "default": 0.5, "standard": 0.6, "retrained": 0.4, "retrained_other": 0.5}
+    levels["retrained_third"] = 0.7
+    rows = [{"seed": "0", "method": name, **dict.fromkeys(columns, level)} for name, level in levels.items()]
+    unfinished = {"seed": "1", "method": "default", **dict.fromkeys(columns, 0.0)}
+    scores, gaps = (table.splitlines() for table in durability.tables([*rows, unfinished]))
+    assert len(scores) == 2 + len(levels) and scores[2] == "| original | " + " | ".join(["0.900"] * len(columns)) + " |"
+    told = {line.split(" | ")[0]: {*line.strip(" |").split(" | ")[1:]} for line in gaps[2:]}
+    assert told == {"| original": {"0.367"}, "| default": {"0.100"}, "| standard": {"0.133"},
+                    "| retrained models among each other (floor)": {"0.200"}}  # fmt: skip
 
 
 @pytest.fixture

@@ -86,7 +86,9 @@ def judge_verdict(
     """The verdict, with the reasons in plain words.
 
     FAIL needs evidence: an interval that lies wholly beyond a limit of the request, on the forget score (too high and
-    too low alike), on a membership attack (in either direction) or on the utility. INCONCLUSIVE means that a control
+    too low alike), on a membership attack (in either direction) or on the utility. Patients who are harder or easier
+    than the unseen ones are told apart in any model that never saw them: where a retrained model was attacked too, what
+    lies between chance and its AUC fails nobody. INCONCLUSIVE means that a control
     did not behave, that there was nothing measurable to forget, or that no reference was at hand. RETRAIN-EQUIVALENT
     needs two retrained models, see :func:`equivalence_to_retrained`.
 
@@ -104,12 +106,16 @@ def judge_verdict(
     """
     limits = resolution.request.limits_in_force
     failed, unclear = _utility(scores, groups, limits), []
+
+    def attacked(row: Mapping[str, Any], attack: str, margin: float, kind: str) -> list[str]:
+        return _attacked(row, margin, kind, membership.get("retrained", {}).get(attack, {}).get("auc"))
+
     if removable:
         failed.append("the model holds adapters that can be taken off again: that is suppression. Merge them.")
     if resolution.request.job == "suppression":
         unclear.append("suppression is judged for a class of a classification; this audit has no probe for the rest.")
     elif target is None:
-        failed += _attacked(membership["unlearned"]["raw"], RAW_NULL, "raw")
+        failed += attacked(membership["unlearned"]["raw"], "raw", RAW_NULL, "raw")
         unclear.append("no reference that never saw the forget set (tier 0): nothing says what is expected of it.")
     else:
         failed += _forget_score(*unseen_from(scores, groups, resolution.unseen_other), target, limits["forget"], seed)
@@ -120,11 +126,10 @@ def judge_verdict(
             if test["p"] <= 0.05:
                 failed.append(f"the patient stands out among unseen patients (rank test p = {test['p']:.3f}).")
         else:
-            found = _attacked(row, limits["membership"], "calibrated")
+            found = attacked(row, "calibrated", limits["membership"], "calibrated")
             if strongest is not None and not found:
-                found = _attacked(
-                    strongest, limits["membership"], f"{strongest['attack'].replace('_', ' ')}, the strongest"
-                )
+                kind = f"{strongest['attack'].replace('_', ' ')}, the strongest"
+                found = attacked(strongest, strongest["attack"], limits["membership"], kind)
             failed += found
         if resolution.request.job == "revision":
             failed += _alike(scores, groups, limits["forget"])
@@ -192,16 +197,20 @@ def _forget_score(scores: Scores, groups: Groups, target: float, margin: float, 
     return []
 
 
-def _attacked(row: Mapping[str, Any], margin: float, kind: str) -> list[str]:
+def _attacked(row: Mapping[str, Any], margin: float, kind: str, retrained: float | None) -> list[str]:
     """Beyond the margin with the whole interval, and further than chance takes so few patients: an interval that draws
-    a handful of them anew can be a point."""
-    if row["auc"] is None or (row["ci"][0] <= 0.5 + margin and row["ci"][1] >= 0.5 - margin):
+    a handful of them anew can be a point. The margin begins at chance, or at the retrained model's AUC beyond it."""
+    if row["auc"] is None:
         return []
-    if abs(row["auc"] - 0.5) <= margin + row["resolution"]:
+    low, high = sorted((0.5, 0.5 if retrained is None else retrained))
+    if row["ci"][0] <= high + margin and row["ci"][1] >= low - margin:
         return []
+    if low - margin - row["resolution"] <= row["auc"] <= high + margin + row["resolution"]:
+        return []
+    beside = "" if retrained is None else f", {retrained:.3f} in the retrained model"
     return [
         f"an attack tells the forgotten from unseen patients: AUC {row['auc']:.3f} ({kind}) "
-        f"[{row['ci'][0]:.3f}, {row['ci'][1]:.3f}], direction {row['direction']}."
+        f"[{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]{beside}, direction {row['direction']}."
     ]
 
 

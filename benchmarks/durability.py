@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: The monai_unlearn authors
+# SPDX-License-Identifier: Apache-2.0
+"""Does it stay forgotten, when training goes on, the set is learned again, or weights are rounded?
+
+    python benchmarks/durability.py --data isic --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg" --output_dir /runs
+    python benchmarks/durability.py                          # prints the tables of the rows there are
+
+Resumable: one CSV row for each model of a seed. Original, references and two retrained models are those of
+``medunlearn.py``, where it has run in the same folder; a third is trained here. *benign* trains a copy on retained
+cases, *unrelated* on unseen ones, *relearn* on the forget set itself, for the number of steps behind it; what is scored
+is the forget set. The floor is what lies between three retrained models that differ in their seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medunlearn import BUNDLES, OURS, content_of, mean, third_retrained
+from rows import ROOT, append, finished, markdown, run
+from torch import nn
+
+from monai_unlearn import MemoryDataset, load_weights
+from monai_unlearn.audit import score_cases
+from monai_unlearn.audit.durability import relearn_curve, rounded
+from monai_unlearn.audit.scores import main_score
+
+ROWS = Path(__file__).with_suffix(".csv")
+STEPS = (0, 5, 10, 20, 40, 60)
+TAUGHT = {"benign": "retain", "unrelated": "holdout", "relearn": "forget"}
+PRECISIONS = ("int8", "int4")
+RETRAINED = ("retrained", "retrained_other", "retrained_third")
+MODELS = ("original", *OURS, *RETRAINED)
+SHOWN = ("benign_20", "benign_60", "unrelated_20", "unrelated_60", *(f"relearn_{step}" for step in STEPS[1:]),
+         *PRECISIONS)  # fmt: skip
+
+
+def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
+    """The forget score of a network as it is, after each number of steps on each set, and rounded."""
+    splits = {**get("resolution").splits, "holdout": get("resolution").holdout}
+    cases = {name: MemoryDataset(splits[name], get("validate#preprocessing"), get("store")) for name in TAUGHT.values()}
+    options = {"device": get("device"), "inferer": get("validate#inferer")}
+    row = {}
+    for kind, taught in TAUGHT.items():
+        curve = relearn_curve(network, cases[taught], cases["forget"], get("train#loss_function"), STEPS,
+                              seed=get("seed"), desc=kind, **options)  # fmt: skip
+        row |= {f"{kind}_{at['steps']}": at["score"] for at in curve}
+    for precision in PRECISIONS:
+        scores = score_cases(rounded(network, precision), cases["forget"], **options)
+        row[precision] = float(scores[main_score(scores)].mean())
+    return row
+
+
+def measured(data: str, seed: int, dataset_dir: str, folder: Path) -> None:
+    """The rows of a seed that are missing."""
+
+    def missing(models: tuple[str, ...]) -> list[str]:
+        there = {(row["data"], row["seed"], row["method"]) for row in finished(ROWS)}
+        return [name for name in models if (data, str(seed), name) not in there]
+
+    if not missing(MODELS):
+        return
+    bundle = BUNDLES[data]
+    given = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
+    for name, (_, options) in OURS.items():
+        if missing((name,)):
+            run(bundle, (), dataset_dir, folder, "unlearn", **given, **options)
+            get = content_of(bundle, {"dataset_dir": dataset_dir, **given, **options}, folder.absolute())
+            append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(get("unlearned_network"), get)})
+    get = content_of(bundle, {"dataset_dir": dataset_dir, **given}, folder.absolute())
+    for name in missing(("original", *RETRAINED)):
+        if name == "retrained_third":
+            file = third_retrained(bundle, {"dataset_dir": dataset_dir, **given}, folder)
+            network = load_weights(get("network_factory")(), file).eval()
+        else:
+            network = get(f"{name}_network")
+        append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(network, get)})
+
+
+def tables(rows: list[dict]) -> list[str]:
+    """The scores, and how far they lie from the three retrained models'; of seeds whose rows are all there."""
+    seeds: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in rows:
+        seeds[row["seed"]][row["method"]] = row
+    complete = [of for of in seeds.values() if len(of) == len(MODELS)]
+    columns = ("benign_0", *SHOWN)
+
+    def apart(pairs: list[tuple[str, str]]) -> list[str]:
+        """The mean difference of pairs of models, seed by seed."""
+
+        def distance(of: dict[str, dict], at: str) -> float:
+            return sum(abs(float(of[one][at]) - float(of[other][at])) for one, other in pairs) / len(pairs)
+
+        return [mean(complete, lambda of, at=at: distance(of, at)) for at in columns]
+
+    scores = [["forget score", "as it is", *SHOWN]]
+    scores += [[name, *(mean(complete, lambda of, at=at, name=name: float(of[name][at])) for at in columns)]
+               for name in MODELS]  # fmt: skip
+    gaps = [["distance to the retrained models", "as it is", *SHOWN]]
+    gaps += [[name, *apart([(name, other) for other in RETRAINED])] for name in ("original", *OURS)]
+    gaps.append(["retrained models among each other (floor)", *apart(list(itertools.combinations(RETRAINED, 2)))])
+    return [markdown(scores), markdown(gaps)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=("isic", "isic_classification"), default="isic")
+    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if arguments.dataset_dir:
+        dataset_dir = str(Path(arguments.dataset_dir).absolute())
+        for seed in arguments.seeds:
+            measured(arguments.data, seed, dataset_dir, arguments.output_dir / arguments.data / f"seed{seed}")
+    for data in sorted({row["data"] for row in finished(ROWS)}):
+        print(f"\n{data}\n\n" + "\n\n".join(tables([row for row in finished(ROWS) if row["data"] == data])))
+
+
+if __name__ == "__main__":
+    main()
