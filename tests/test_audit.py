@@ -361,6 +361,11 @@ def test_one_patient_is_judged_by_rank():
     assert verdict(model(0.70, seed=30), groups=groups)[0] == "NOT REFUTED"
     name, reasons = verdict(model(0.85, seed=30), groups=groups)
     assert name == "FAIL" and "rank test" in " ".join(reasons)
+    easy, wide = model(0.78, seed=30), {"forget": 0.095}
+    assert "rank test" in " ".join(verdict(easy, groups=groups, limits=wide)[1])
+    for retrained, failed in ((0.78, False), (0.70, True), (0.62, True)):  # as easy for it; not; the reverse
+        found = verdict(easy, retrained=model(retrained, seed=40), groups=groups, limits=wide)
+        assert ("rank test" in " ".join(found[1])) == failed, retrained
 
 
 def test_the_requests_own_limits_count():

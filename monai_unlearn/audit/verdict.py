@@ -122,9 +122,12 @@ def judge_verdict(
         row = membership["unlearned"]["calibrated"]
         if row["auc"] is None:
             alike, alike_groups = unseen_from(scores, groups, resolution.unseen_alike)
-            test = one_patient(alike["unlearned"], alike["judge"], alike_groups)
-            if test["p"] <= 0.05:
-                failed.append(f"the patient stands out among unseen patients (rank test p = {test['p']:.3f}).")
+            tests = {name: one_patient(alike[name], alike["judge"], alike_groups)
+                     for name in ("unlearned", "retrained") if name in alike}  # fmt: skip
+            outlier = {name: (test["p"] <= 0.05, test["p_up"] < test["p_down"]) for name, test in tests.items()}
+            if outlier["unlearned"][0] and outlier.get("retrained") != outlier["unlearned"]:
+                p = tests["unlearned"]["p"]
+                failed.append(f"the patient stands out among unseen patients (rank test p = {p:.3f}).")
         else:
             found = attacked(row, "calibrated", limits["membership"], "calibrated")
             if strongest is not None and not found:
