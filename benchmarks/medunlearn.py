@@ -44,10 +44,10 @@ OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     "folds": ((), {"folds_teach": 1}),
-    THIRD: ((), {}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k", "views", "lean")},
+    THIRD: ((), {}),
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
 TUNING_SHARE = 0.3  # of the unseen cases
