@@ -87,6 +87,8 @@ def tables(rows: list[dict]) -> list[str]:
     for row in rows:
         seeds[row["seed"]][row["method"]] = row
     complete = [of for of in seeds.values() if len(of) == len(MODELS)]
+    if not complete:
+        return []
     columns = ("benign_0", *SHOWN)
 
     def apart(pairs: list[tuple[str, str]]) -> list[str]:

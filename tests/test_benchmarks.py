@@ -137,6 +137,7 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
     levels["retrained_third"] = 0.7
     rows = [{"seed": "0", "method": name, **dict.fromkeys(columns, level)} for name, level in levels.items()]
     unfinished = {"seed": "1", "method": "default", **dict.fromkeys(columns, 0.0)}
+    assert durability.tables([unfinished]) == []
     scores, gaps = (table.splitlines() for table in durability.tables([*rows, unfinished]))
     assert len(scores) == 2 + len(levels) and scores[2] == "| original | " + " | ".join(["0.900"] * len(columns)) + " |"
     told = {line.split(" | ")[0]: {*line.strip(" |").split(" | ")[1:]} for line in gaps[2:]}
