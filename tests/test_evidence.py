@@ -620,13 +620,16 @@ def test_two_retrained_models_make_the_third_tier(tmp_path):
     assert "case by case" in Path(write_report(report, tmp_path)).read_text()
 
 
-def test_one_patient_gets_a_rank_and_no_area():
+def test_one_patient_gets_a_rank_and_no_area(tmp_path):
     lists = {**LISTS, "forget": [{**item, "patient_id": "one"} for item in LISTS["forget"]]}
-    weights = {"original": small_unet().state_dict(), "unlearned": small_unet(seed=1).state_dict()}
+    networks = {"original": 0, "unlearned": 1, "retrained": 3, "retrained_other": 4}
+    weights = {name: small_unet(seed=seed).state_dict() for name, seed in networks.items()}
     report = audit_weights(small_unet, weights, lists, draw, references=[small_unet(seed=2).state_dict()])
     assert report["membership"]["unlearned"]["calibrated"]["auc"] is None
     assert report["controls"]["positive"]["rank_test"]["p_up"] >= 1 / 15
     assert len(report["cases"]) == 1 and report["strongest_attack"]["unlearned"] is None
+    assert not report["equivalence"]["ok"]
+    assert "one patient, so no interval" in Path(write_report(report, tmp_path)).read_text()
 
 
 def test_subgroups_need_their_column():

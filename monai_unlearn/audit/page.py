@@ -160,10 +160,13 @@ def _retrained(report: Mapping[str, Any]) -> list[str]:
     found = report.get("equivalence")
     if found:
         test = found["forget"]
+        low, high = test["ci90"]
+        interval = "one patient, so no interval that could lie inside"
+        if low is not None:
+            interval = f"90 % interval [{low:+.3f}, {high:+.3f}] {'inside' if test['ok'] else 'not inside'}"
         parts.append(
-            f"<p class=note>Equivalence: forget score {test['difference']:+.3f} beside the retrained model, 90 % "
-            f"interval [{test['ci90'][0]:+.3f}, {test['ci90'][1]:+.3f}] "
-            f"{'inside' if test['ok'] else 'not inside'} ±{test['margin']:.3f}; unseen cases "
+            f"<p class=note>Equivalence: forget score {test['difference']:+.3f} beside the retrained model, {interval} "
+            f"±{test['margin']:.3f}; unseen cases "
             f"{'not inferior' if found['utility']['ok'] else 'not shown to be not inferior'}; agreement and divergence "
             f"{'within' if found['agreement']['ok'] and found['js']['ok'] else 'not within'} those of a second "
             "retrained model.</p>"
