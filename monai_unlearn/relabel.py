@@ -13,9 +13,10 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from monai.data import MetaTensor
@@ -273,7 +274,12 @@ class to_reference:
 
     With ``views`` they are asked about the sample mirrored or shifted, and their answers are mapped back. A network
     that was trained without such views remembers its training cases far less in them; so the network that is to forget
-    can itself stand in for a reference, and none has to be trained.
+    can itself stand in for a reference, and none has to be trained. What the views still remember can be taken off by
+    going ``beyond`` them, away from what the network says of the sample as it is::
+
+        z = z_views + beyond · (z_views − z_sample)
+
+    in logits: the step from the sample to its views is the memory that they lack, and some of it is left in them.
 
     Args:
         references: frozen networks that give logits ``(B, C, *spatial)`` or ``(B, C)``; used in eval mode.
@@ -287,10 +293,14 @@ class to_reference:
         match: see :func:`fit_calibration`.
         views: MONAI's invertible array transforms without randomness, each a view of a sample ``(C, *spatial)``, such
             as ``Flip(0)`` or ``Affine(translate_params=(0, 3, 0))``; without any the sample is shown as it is.
+        pool: what is averaged over the views, ``"probabilities"`` or ``"logits"``, their geometric mean. The second
+            stays more certain where views differ.
+        beyond: see above, 0 or more; only for a network that was trained on the sample.
 
     Raises:
         ValueError: without a reference, with a temperature that is not positive, with one of ``original`` and
-            ``unseen`` only, or with a view that cannot be mapped back or is drawn at random.
+            ``unseen`` only, with a view that cannot be mapped back or is drawn at random, with another ``pool``, or
+            with a ``beyond`` that is negative or has no views.
 
     Example:
         >>> from monai.transforms import Flip
@@ -311,6 +321,8 @@ class to_reference:
         limit: int = 64,
         match: str = "probabilities",
         views: Sequence[InvertibleTransform] = (),
+        pool: Literal["probabilities", "logits"] = "probabilities",
+        beyond: float = 0.0,
     ) -> None:
         self.references = [references] if isinstance(references, nn.Module) else list(references)
         if not self.references:
@@ -320,7 +332,12 @@ class to_reference:
                 raise ValueError(f"a view must be a transform that can be inverted, which {view!r} cannot.")
             if any(isinstance(part, Randomizable) for part in Compose(view).flatten().transforms):
                 raise ValueError(f"a view must be the same each time, and {view!r} is drawn at random.")
-        self.views = list(views)
+        if pool not in ("probabilities", "logits"):
+            raise ValueError(f"views are pooled by probabilities or logits, got {pool!r}.")
+        if not 0 <= beyond < math.inf or (beyond and not views):
+            raise ValueError(f"beyond is a number from 0 on, and 0 without views; got {beyond}.")
+        self.views, self.pool, self.beyond = list(views), pool, beyond
+        self._asked = len(self.views) + bool(beyond) if self.views else 1  # forward passes for an answer
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         if (original is None) != (unseen is None):
@@ -343,7 +360,7 @@ class to_reference:
             logits = torch.cat([self._logits(image, original), *(self._answer(image, one) for one in self.references)])
             voxels = logits.reshape(*logits.shape[:2], -1)
             said.append(voxels[..., :: -(-voxels.shape[2] // 2**14)].cpu())  # so that large volumes fit into memory
-        self.passes += len(said) * (1 + len(self.references) * max(1, len(self.views)))
+        self.passes += len(said) * (1 + len(self.references) * self._asked)
         of_original, *others = torch.cat(said, -1).split(1)
         return [fit_calibration(one, of_original, match) for one in others]
 
@@ -351,7 +368,9 @@ class to_reference:
         return network(image) if self.inferer is None else self.inferer(image, network)
 
     def _answer(self, image: Tensor, network: nn.Module) -> Tensor:
-        """A reference's logits in the sample's place; over several views those of its mean probability."""
+        """A reference's logits in the sample's place, pooled over the views and taken beyond them."""
+        if not self.views:
+            return self._logits(image, network)
         said = []
         for view in self.views:
             seen = [view(MetaTensor(one)) for one in image]
@@ -361,15 +380,18 @@ class to_reference:
                         for of, one in zip(logits, seen)]  # fmt: skip
                 logits = torch.stack([one.as_tensor() for one in back])
             said.append(probabilities(logits))
-        if not said:
-            return self._logits(image, network)
-        mean = torch.stack(said).mean(0)
-        return mean.logit(1e-6) if mean.shape[1] == 1 else mean.clamp_min(1e-6).log()
+        if self.pool == "logits":
+            pooled = torch.stack([_as_logits(one) for one in said]).mean(0)
+        else:
+            pooled = _as_logits(torch.stack(said).mean(0))
+        if self.beyond:
+            pooled = pooled + self.beyond * (pooled - _as_logits(probabilities(self._logits(image, network))))
+        return pooled
 
     @torch.no_grad()
     def __call__(self, image: Tensor, label: Tensor) -> Tensor:
         outputs = [self._answer(image, one) for one in self.references]
-        self.passes += len(image) * len(outputs) * max(1, len(self.views))
+        self.passes += len(image) * len(outputs) * self._asked
         outputs = [calibration(one) for calibration, one in zip(self.calibrations, outputs)] or outputs
         return torch.stack([probabilities(one / self.temperature) for one in outputs]).mean(0).to(label)
 
@@ -413,6 +435,11 @@ class to_out_of_fold:
     def report(self) -> dict[str, Any]:
         """Forward passes of one sample so far."""
         return {"passes": sum(one.passes for one in self.folds.values())}
+
+
+def _as_logits(p: Tensor) -> Tensor:
+    """Logits, finite, that give these probabilities."""
+    return p.logit(1e-6) if p.shape[1] == 1 else p.clamp_min(1e-6).log()
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 # SPDX-FileCopyrightText: The monai_unlearn authors
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 from monai.transforms import Affine, Compose, Flip, RandFlip, ScaleIntensity
@@ -201,6 +203,45 @@ def test_a_view_that_cannot_be_mapped_back_or_is_drawn_at_random_is_refused():
         with pytest.raises(ValueError, match="drawn at random"):
             to_reference(nn.Identity(), views=[view])
     assert to_reference(nn.Identity(), views=[Compose([Flip(0), Flip(1)])]).views
+
+
+def test_views_pooled_by_logits_give_the_geometric_mean():
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        network = nn.Conv2d(2, channels, 3, padding=1)
+        image, label = 3 * torch.rand(2, 2, 6, 9), torch.zeros(2, channels, 6, 9)
+        found = to_reference(network, views=[Flip(0), Flip(1)], pool="logits")(image, label)
+        said = [probabilities(network(image.flip(2)).flip(2)), probabilities(network(image.flip(3)).flip(3))]
+        both = [torch.cat([one, 1 - one], 1) if channels == 1 else one for one in said]
+        geometric = (both[0] * both[1]).sqrt()
+        expected = (geometric / geometric.sum(1, keepdim=True))[:, :channels]
+        torch.testing.assert_close(found, expected.detach())
+        assert not torch.allclose(found, (said[0] + said[1]) / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_beyond_the_views_the_rest_of_the_memory_is_taken_off(channels):
+    """Views that keep a third of what is remembered give the network that remembers nothing at beyond = ½."""
+    torch.manual_seed(0)
+    known, remembered, knowledge = torch.rand(1, 2, 6, 9), torch.randn(channels, 6, 9), nn.Conv2d(2, channels, 1)
+    network = nn.Identity()
+    network.forward = lambda image: knowledge(image) + (
+        remembered if torch.equal(image, known) else remembered.flip(1) / 3
+    )
+    label = torch.zeros(1, channels, 6, 9)
+    beyond = to_reference(network, views=[Flip(0)], beyond=0.5)
+    torch.testing.assert_close(beyond(known, label), probabilities(knowledge(known)).detach())
+    assert beyond.report()["passes"] == 2
+    views = to_reference(network, views=[Flip(0)])(known, label)
+    assert not torch.allclose(views, probabilities(knowledge(known)), atol=0.02)
+
+
+def test_a_pool_that_is_not_known_and_a_step_beyond_nothing_are_refused():
+    with pytest.raises(ValueError, match="pooled by probabilities or logits"):
+        to_reference(nn.Identity(), views=[Flip(0)], pool="median")
+    for wrong in ({"beyond": 0.3}, {"beyond": -1, "views": [Flip(0)]}, {"beyond": math.nan, "views": [Flip(0)]}):
+        with pytest.raises(ValueError, match="0 without views"):
+            to_reference(nn.Identity(), **wrong)
 
 
 # kept labels ----------------------------------------------------------------------------------------------------------
