@@ -296,7 +296,7 @@ def main() -> None:
         for request in sorted({row["request"] for row in rows}):
             chosen = [row for row in rows if row["request"] == request]
             print(f"\n{data}, {request}\n\n{table(chosen)}")
-            if arguments.figures:
+            if arguments.figures and not request.endswith(TUNED):
                 file_name = f"methods_{request.replace(TUNED, '_tuned')}.svg"
                 figure(chosen, ROOT / "bundles" / BUNDLES[data] / "docs" / "images" / file_name)
 
