@@ -225,8 +225,8 @@ def test_beyond_the_views_the_rest_of_the_memory_is_taken_off(channels):
     torch.manual_seed(0)
     known, remembered, knowledge = torch.rand(1, 2, 6, 9), torch.randn(channels, 6, 9), nn.Conv2d(2, channels, 1)
     network = nn.Identity()
-    network.forward = lambda image: knowledge(image) + (
-        remembered if torch.equal(image, known) else remembered.flip(1) / 3
+    network.forward = lambda image: (
+        knowledge(image) + (remembered if torch.equal(image, known) else remembered.flip(1) / 3)
     )
     label = torch.zeros(1, channels, 6, 9)
     beyond = to_reference(network, views=[Flip(0)], beyond=0.5)
