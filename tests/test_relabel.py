@@ -188,6 +188,19 @@ def test_shifted_volumes_are_shifted_back():
     torch.testing.assert_close(shifted(image, label), to_reference(network)(image, label), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("move", [{"rotate_params": 0.8}, {"scale_params": [1.2, 1.2]}, {"scale_params": [0.83, 0.83]}])
+def test_turned_and_scaled_pictures_are_turned_and_scaled_back(move):
+    """A network of single pixels answers alike wherever they lie; the picture is smooth and ends before its frame."""
+    rows, columns = torch.meshgrid(torch.linspace(-3, 3, 48), torch.linspace(-4, 4, 64), indexing="ij")
+    image = torch.exp(-2 * ((rows - 0.5) ** 2 + (columns + 0.8) ** 2))[None, None]
+    network = nn.Identity()
+    network.forward = lambda image: 4 * image - 2
+    seen = Affine(**move, padding_mode="border", image_only=True)
+    found = to_reference(network, views=[seen])(image, image)
+    torch.testing.assert_close(found, network.forward(image).sigmoid(), atol=0.02, rtol=0)
+    assert not torch.allclose(seen(image[0]).as_tensor(), image[0], atol=0.1)
+
+
 def test_the_views_of_a_classifier_are_not_mapped_back():
     network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     image = torch.rand(2, 1, 5, 6, 7)
