@@ -437,6 +437,54 @@ class to_out_of_fold:
         return {"passes": sum(one.passes for one in self.folds.values())}
 
 
+class to_blend:
+    """What several relabels say together: the weighted mean of their labels as logits, a weighted geometric mean.
+
+    Models that never saw the sample know what was to be learned without it, but were trained otherwise than the network
+    that is to forget, and for less long; its own views (see :class:`to_reference`) say what it would, and remember some
+    of the sample. Each misses the retrained model in its own direction, so between them lies a closer one.
+
+    Args:
+        relabels: each gives every sample a label; those that have an ``of`` are asked for the item's own.
+        weights: one for each relabel, positive, with sum 1.
+
+    Raises:
+        ValueError: when the weights are not so, or, in use, when a relabel leaves a sample out.
+
+    Example:
+        >>> sure, unsure = (lambda image, label, p=p: torch.full_like(label, p) for p in (0.9, 0.5))
+        >>> round(to_blend([sure, unsure], [0.5, 0.5])(torch.ones(1, 1), torch.ones(1, 1)).item(), 4)  # odds of 9 and 1
+        0.75
+    """
+
+    def __init__(self, relabels: Sequence[Relabel], weights: Sequence[float]) -> None:
+        if len(relabels) != len(weights) or not all(weight > 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(f"a blend of {len(relabels)} needs as many positive weights with sum 1, got {weights}.")
+        self.relabels, self.weights = list(relabels), list(weights)
+        self._of: dict[tuple[int, ...], to_blend] = {}
+
+    def of(self, item: Mapping[str, Any]) -> to_blend:
+        """The relabel for an item, where one of the relabels differs from item to item."""
+        parts = [one.of(item) if hasattr(one, "of") else one for one in self.relabels]
+        return self._of.setdefault(tuple(map(id, parts)), to_blend(parts, self.weights))
+
+    def __call__(self, image: Tensor, label: Tensor) -> Tensor:
+        blended = torch.zeros_like(label)
+        for relabel, weight in zip(self.relabels, self.weights):
+            said = relabel(image, label)
+            if (said < 0).any():
+                raise ValueError("a relabel that leaves samples out cannot be blended with another.")
+            blended = blended + weight * _as_logits(said)
+        return probabilities(blended)
+
+    def report(self) -> dict[str, Any]:
+        """What the relabels report: forward passes in all, and the calibrations."""
+        said = [one.report() for one in self.relabels if hasattr(one, "report")]
+        calibrations = [one for part in said for one in part.get("calibration", [])]
+        passes = sum(part["passes"] for part in said)
+        return {"passes": passes} | ({"calibration": calibrations} if calibrations else {})
+
+
 def _as_logits(p: Tensor) -> Tensor:
     """Logits, finite, that give these probabilities."""
     return p.logit(1e-6) if p.shape[1] == 1 else p.clamp_min(1e-6).log()

@@ -537,6 +537,25 @@ def test_the_strongest_attack_counts_too():
     assert verdict(FORGOT, strongest={**handful, "resolution": auc_resolution(20, 40)})[0] == "FAIL"
 
 
+def test_a_right_score_with_outputs_far_from_the_retrained_models_fails():
+    """Half the way from the original's divergence of .5 to a second retrained model's of .1 is .3, the margin .01."""
+
+    def found(js, **models):
+        rows = {"original": {"js": np.full(40, 0.5)}, "retrained_other": {"js": np.full(40, 0.1)}, **models}
+        return verdict(FORGOT, compared={"forget": rows | {"unlearned": {"js": js}}})
+
+    noise = RNG.normal(0, 0.02, 40)
+    name, reasons = found(0.35 + noise)
+    assert name == "FAIL" and "diverges by 0.3" in reasons[0] and "(the original by 0.500" in reasons[0]
+    for js in (0.1 + noise, 0.25 + noise, np.full(40, 0.309), np.where(np.arange(40) < 4, 0.9, 0.25)):
+        assert found(js)[0] == "NOT REFUTED", js.mean()  # the last: a few patients far off are no evidence
+    assert found(np.full(40, 0.311))[0] == "FAIL"
+    alike = {"js": np.full(40, 0.1)}  # nothing was memorised: a small step away from both is none
+    assert found(np.full(40, 0.105), original=alike)[0] == "NOT REFUTED"
+    alone = {"unlearned": {"js": np.full(40, 0.9)}, "original": {"js": np.full(40, 0.5)}}
+    assert verdict(FORGOT, compared={"forget": alone})[0] == "NOT REFUTED"  # how far two of them lie apart is unknown
+
+
 def test_a_revision_looks_at_unseen_cases_of_the_device():
     def with_alike(rows, shift):
         alike = {k: v[:40] + shift if k == "iou" else v[:40] for k, v in rows["holdout"].items()}

@@ -15,6 +15,8 @@ from monai_unlearn.relabel import (
     probabilities,
     random_labels,
     to_background,
+    to_blend,
+    to_out_of_fold,
     to_random_class,
     to_random_label,
     to_reference,
@@ -255,6 +257,53 @@ def test_a_pool_that_is_not_known_and_a_step_beyond_nothing_are_refused():
     for wrong in ({"beyond": 0.3}, {"beyond": -1, "views": [Flip(0)]}, {"beyond": math.nan, "views": [Flip(0)]}):
         with pytest.raises(ValueError, match="0 without views"):
             to_reference(nn.Identity(), **wrong)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_blend_is_the_weighted_geometric_mean(channels):
+    torch.manual_seed(0)
+    networks = [nn.Conv2d(2, channels, 1) for _ in range(3)]
+    weights, image, label = [0.5, 0.2, 0.3], 3 * torch.rand(2, 2, 5, 6), torch.zeros(2, channels, 5, 6)
+    found = to_blend([to_reference(one) for one in networks], weights)(image, label)
+    said = [probabilities(one(image)).detach() for one in networks]
+    both = [torch.cat([one, 1 - one], 1) if channels == 1 else one for one in said]
+    geometric = torch.stack([one**weight for one, weight in zip(both, weights)]).prod(0)
+    torch.testing.assert_close(found, (geometric / geometric.sum(1, keepdim=True))[:, :channels])
+    assert not torch.allclose(found, sum(weight * one for one, weight in zip(said, weights)), atol=1e-3)
+
+
+def test_a_blend_of_a_step_beyond_the_views_is_a_step_beyond_the_blend():
+    """z + b (z − z_sample) with z = (1 − w) z_views + w z_reference is a blend of weight (1 + b) w."""
+    torch.manual_seed(0)
+    network, reference = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1)
+    image, w, b = torch.rand(1, 1, 6, 6), 0.3, 0.2
+    weight = (1 + b) * w
+    views = to_reference(network, views=[Flip(0)], pool="logits", beyond=b / (1 - weight))
+    found = to_blend([views, to_reference(reference)], [1 - weight, weight])(image, image)
+    z = (1 - w) * network(image.flip(2)).flip(2) + w * reference(image)
+    torch.testing.assert_close(found, (z + b * (z - network(image))).sigmoid().detach())
+
+
+def test_a_blend_asks_each_items_own_model_and_counts_every_pass():
+    networks = {fold: nn.Conv2d(1, 1, 1) for fold in "01"}
+    own, folds = nn.Conv2d(1, 1, 1), to_out_of_fold(networks)
+    blend, image = to_blend([to_reference(own, views=[Flip(0), Flip(1)]), folds], [0.5, 0.5]), torch.rand(3, 1, 4, 4)
+    for fold, network in networks.items():
+        found = blend.of({"fold": fold})(image, image)
+        torch.testing.assert_close(found, ((own(image) + network(image)) / 2).sigmoid().detach())
+        assert blend.of({"fold": fold}) is blend.of({"fold": fold})
+    assert blend.of({"fold": "0"}) is not blend.of({"fold": "1"})
+    assert blend.report() == {"passes": 2 * 3 * (2 + 1)}
+    calibrated = to_reference(own, original=networks["0"], unseen=[{"image": image[0]}])
+    assert len(to_blend([calibrated, to_reference(own)], [0.5, 0.5]).report()["calibration"]) == 1
+
+
+def test_weights_that_do_not_fit_and_relabels_that_leave_samples_out_are_refused():
+    for weights in ([1.0], [0.5, 0.6], [1.5, -0.5], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="positive weights with sum 1"):
+            to_blend([keep_label, to_uniform], weights)
+    with pytest.raises(ValueError, match="leaves samples out"):
+        to_blend([keep_label, to_uniform], [0.5, 0.5])(torch.rand(1, 1, 2, 2), -torch.ones(1, 1, 2, 2))
 
 
 # kept labels ----------------------------------------------------------------------------------------------------------

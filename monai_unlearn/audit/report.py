@@ -197,7 +197,7 @@ def audit(
         control = controls(alike, membership, alike_groups, seed)
         equivalent = equivalence_to_retrained(scores, compared, groups, resolution.request.limits_in_force, seed)
         verdict, reasons = judge_verdict(
-            resolution, scores, groups, target, membership, control, strongest.get("unlearned"), equivalent,
+            resolution, scores, groups, target, membership, control, strongest.get("unlearned"), equivalent, compared,
             bool(removable(models["unlearned"].state_dict())), seed,
         )  # fmt: skip
     relearn = suppression.pop("relearn", None) if suppression else None

@@ -15,6 +15,7 @@ from .statistics import bootstrap_difference, bootstrap_mean, equivalence, non_i
 NAMES = {"iou": "IoU", "accuracy": "accuracy"}
 RAW_NULL = 0.1  # a model that never saw the set has a raw AUC of .4 to .6: it may be harder or easier than the unseen
 FLOOR_MARGIN = 0.02  # by which agreement and divergence may miss those of two retrained models
+STRAY_MARGIN = 0.01  # of divergence, beyond half the way from the original to a second retrained model
 Scores = Mapping[str, Mapping[str, Rows]]
 
 
@@ -80,13 +81,16 @@ def judge_verdict(
     controls: Mapping[str, Any],
     strongest: Mapping[str, Any] | None = None,
     equivalent: Mapping[str, Any] | None = None,
+    compared: Mapping[str, Mapping[str, Rows]] | None = None,
     removable: bool = False,
     seed: int = 0,
 ) -> tuple[str, list[str]]:
     """The verdict, with the reasons in plain words.
 
     FAIL needs evidence: an interval that lies wholly beyond a limit of the request, on the forget score (too high and
-    too low alike), on a membership attack (in either direction) or on the utility. Patients who are harder or easier
+    too low alike), on a membership attack (in either direction) or on the utility, or outputs on the forget set that,
+    with two retrained models at hand, are further from the one than half the way from the original to the other:
+    a score can be right by chance while the answers are anything. Patients who are harder or easier
     than the unseen ones are told apart in any model that never saw them: where a retrained model was attacked too, what
     lies between chance and its AUC fails nobody. INCONCLUSIVE means that a control
     did not behave, that there was nothing measurable to forget, or that no reference was at hand. RETRAIN-EQUIVALENT
@@ -101,6 +105,7 @@ def judge_verdict(
         controls: of :func:`controls`.
         strongest: the attack chosen on one half of the patients, on the other.
         equivalent: of :func:`equivalence_to_retrained`.
+        compared: as there.
         removable: whether the unlearned weights hold adapters that can be taken off.
         seed: of the intervals.
     """
@@ -119,6 +124,7 @@ def judge_verdict(
         unclear.append("no reference that never saw the forget set (tier 0): nothing says what is expected of it.")
     else:
         failed += _forget_score(*unseen_from(scores, groups, resolution.unseen_other), target, limits["forget"], seed)
+        failed += _strayed((compared or {}).get("forget", {}), groups, seed)
         row = membership["unlearned"]["calibrated"]
         if row["auc"] is None:
             alike, alike_groups = unseen_from(scores, groups, resolution.unseen_alike)
@@ -198,6 +204,24 @@ def _forget_score(scores: Scores, groups: Groups, target: float, margin: float, 
             "which marks the cases as clearly as remembering them."
         ]
     return []
+
+
+def _strayed(rows: Mapping[str, Rows], groups: Groups, seed: int) -> list[str]:
+    """Outputs on the forget set that did not come nearer to the retrained model's than half the way.
+
+    The way leads from where the original lies to where a second retrained model does.
+    """
+    if "retrained_other" not in rows:
+        return []
+    u, original, other = (rows[name]["js"] for name in ("unlearned", "original", "retrained_other"))
+    low, _ = bootstrap_mean(u - (original + other) / 2, groups["forget"], seed=seed)
+    if not low > STRAY_MARGIN:
+        return []
+    return [
+        f"what it says of the forget set diverges by {u.mean():.3f} from what the retrained model says (the original by "
+        f"{original.mean():.3f}, a second retrained model by {other.mean():.3f}): one that never saw the cases answers "
+        "otherwise."
+    ]
 
 
 def _attacked(row: Mapping[str, Any], margin: float, kind: str, retrained: float | None) -> list[str]:
