@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medunlearn import BUNDLES, OURS, content_of, mean, third_retrained
+from medunlearn import BUNDLES, METHODS, OURS, content_of, fold_models, mean, third_retrained
 from rows import ROOT, append, finished, markdown, run
 from torch import nn
 
@@ -34,7 +34,8 @@ STEPS = (0, 5, 10, 20, 40, 60)
 TAUGHT = {"benign": "retain", "unrelated": "holdout", "relearn": "forget"}
 PRECISIONS = ("int8", "int4")
 RETRAINED = ("retrained", "retrained_other", "retrained_third")
-MODELS = ("original", *OURS, *RETRAINED)
+UNLEARNED = (*OURS, "views", "folds_and_views")
+MODELS = ("original", *UNLEARNED, *RETRAINED)
 SHOWN = ("benign_20", "benign_60", "unrelated_20", "unrelated_60", *(f"relearn_{step}" for step in STEPS[1:]),
          *PRECISIONS)  # fmt: skip
 
@@ -65,12 +66,15 @@ def measured(data: str, seed: int, dataset_dir: str, folder: Path) -> None:
     if not missing(MODELS):
         return
     bundle = BUNDLES[data]
-    given = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
-    for name, (_, options) in OURS.items():
-        if missing((name,)):
-            run(bundle, (), dataset_dir, folder, "unlearn", **given, **options)
-            get = content_of(bundle, {"dataset_dir": dataset_dir, **given, **options}, folder.absolute())
-            append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(get("unlearned_network"), get)})
+    given: dict[str, Any] = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
+    for name in missing(UNLEARNED):
+        overlays, options = METHODS[name]
+        chosen = given | options
+        if options.get("folds_teach"):
+            chosen["reference_models"] = fold_models(bundle, {"dataset_dir": dataset_dir, **given}, folder)
+        run(bundle, overlays, dataset_dir, folder, "unlearn", **chosen)
+        get = content_of(bundle, {"dataset_dir": dataset_dir, **chosen}, folder.absolute(), overlays)
+        append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(get("unlearned_network"), get)})
     get = content_of(bundle, {"dataset_dir": dataset_dir, **given}, folder.absolute())
     for name in missing(("original", *RETRAINED)):
         if name == "retrained_third":
@@ -103,7 +107,7 @@ def tables(rows: list[dict]) -> list[str]:
     scores += [[name, *(mean(complete, lambda of, at=at, name=name: float(of[name][at])) for at in columns)]
                for name in MODELS]  # fmt: skip
     gaps = [["distance to the retrained models", "as it is", *SHOWN]]
-    gaps += [[name, *apart([(name, other) for other in RETRAINED])] for name in ("original", *OURS)]
+    gaps += [[name, *apart([(name, other) for other in RETRAINED])] for name in ("original", *UNLEARNED)]
     gaps.append(["retrained models among each other (floor)", *apart(list(itertools.combinations(RETRAINED, 2)))])
     return [markdown(scores), markdown(gaps)]
 

@@ -11,9 +11,10 @@ Resumable: one CSV row per finished run. The runs of a seed and a request share 
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
 with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
 remembers most, see :func:`hardest`; it needs the random request's run. ``--methods folds`` lets cross-validation models
-teach, see :func:`fold_models`; ``--methods retrain`` hands in a third retrained model as if it had been unlearned.
-``--tuned`` searches the settings of each method first, eight trials each, on a part of the unseen cases that no audit
-sees again; its rows form tables of their own. ``--quick`` runs three methods of one seed.
+teach, see :func:`fold_models`, and ``folds_and_views`` these and the original's own views; ``--methods retrain`` hands
+in a third retrained model as if it had been unlearned. ``--tuned`` searches the settings of each method first, eight
+trials each, on a part of the unseen cases that no audit sees again; its rows form tables of their own. ``--quick`` runs
+three methods of one seed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     "folds": ((), {"folds_teach": 1}),
+    "folds_and_views": (("views",), {"folds_teach": 1}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k", "views", "lean")},
@@ -91,10 +93,13 @@ def third_retrained(bundle: str, given: dict[str, object], folder: Path) -> str:
     return trained_on(retained, get, bundle, str(given["dataset_dir"]), folder / "retrained_third", seed)
 
 
-def content_of(bundle: str, given: dict[str, object], folder: Path) -> Callable[[str], Any]:
+def content_of(
+    bundle: str, given: dict[str, object], folder: Path, overlays: tuple[str, ...] = ()
+) -> Callable[[str], Any]:
     """What entries of a run's configuration are."""
-    config = f"{ROOT}/bundles/{bundle}/configs/train.json"
-    flow = ConfigWorkflow(config, workflow_type="train", logging_file=False, output_dir=str(folder), **given)
+    configs = f"{ROOT}/bundles/{bundle}/configs"
+    files = [f"{configs}/train.json", *(f"{configs}/methods/{name}.json" for name in overlays)]
+    flow = ConfigWorkflow(files, workflow_type="train", logging_file=False, output_dir=str(folder), **given)
     flow.initialize()
     return flow.parser.get_parsed_content
 
@@ -279,7 +284,7 @@ def main() -> None:
                         for file in ("original.pt", "original.json"):  # of the same training data: it is shared
                             shutil.copy(drawn / "models" / file, folder / "models" / file)
                     given = {"forget_request": request, "seed": seed}
-                if name == "folds":
+                if options.get("folds_teach"):
                     given["reference_models"] = fold_models(bundle, given | data, folder)
                 if name == THIRD:
                     given["unlearned_model"] = third_retrained(bundle, given | data, folder)

@@ -546,7 +546,7 @@ def test_a_right_score_with_outputs_far_from_the_retrained_models_fails():
 
     noise = RNG.normal(0, 0.02, 40)
     name, reasons = found(0.35 + noise)
-    assert name == "FAIL" and "diverges by 0.3" in reasons[0] and "(the original by 0.500" in reasons[0]
+    assert name == "FAIL" and "diverge by 0.3" in reasons[0] and "(the original's by 0.500" in reasons[0]
     for js in (0.1 + noise, 0.25 + noise, np.full(40, 0.309), np.where(np.arange(40) < 4, 0.9, 0.25)):
         assert found(js)[0] == "NOT REFUTED", js.mean()  # the last: a few patients far off are no evidence
     assert found(np.full(40, 0.311))[0] == "FAIL"

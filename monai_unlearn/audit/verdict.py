@@ -218,8 +218,8 @@ def _strayed(rows: Mapping[str, Rows], groups: Groups, seed: int) -> list[str]:
     if not low > STRAY_MARGIN:
         return []
     return [
-        f"what it says of the forget set diverges by {u.mean():.3f} from what the retrained model says (the original by "
-        f"{original.mean():.3f}, a second retrained model by {other.mean():.3f}): one that never saw the cases answers "
+        f"its answers on the forget set diverge by {u.mean():.3f} from those of the retrained model (the original's by "
+        f"{original.mean():.3f}, a second retrained model's by {other.mean():.3f}): who never saw the cases answers "
         "otherwise."
     ]
 

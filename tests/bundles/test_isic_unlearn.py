@@ -22,9 +22,10 @@ from monai_unlearn import exact, merge_lora, tuning
 from monai_unlearn.audit.scores import hard_masks, score_cases
 from monai_unlearn.bundle import Stop, phase
 from monai_unlearn.checkpoint import file_digest, load_weights, read_weights, save_weights, weights_digest
-from monai_unlearn.data import MemoryDataset
+from monai_unlearn.data import MemoryDataset, store_key
 from monai_unlearn.engines import run_phase
 from monai_unlearn.lora import WeightLora
+from monai_unlearn.relabel import to_out_of_fold, to_reference
 from monai_unlearn.release import verify
 
 HERE = Path(__file__).parent
@@ -375,6 +376,32 @@ def test_the_originals_own_views_need_no_reference(quick, tmp_path):
     cost = report_of(folder)["cost"]
     assert cost["reference_flops"] == 0 < cost["cache_flops"] and not list(folder.glob("models/reference.*"))
     assert report_of(folder)["relabelling"] == {"passes": 15 * report_of(folder)["splits"]["forget"]}
+
+
+@pytest.mark.parametrize("folds_teach", [False, True])
+def test_every_view_of_a_case_is_planned(quick, tmp_path, folds_teach):
+    """And where folds teach, the views are blended with them: weights .4 and .6, the views taken beyond by 1."""
+    models, folder = quick / "models", copy_of(quick, tmp_path)
+    files = {fold: str(models / f"{name}.pt") for fold, name in
+             enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
+    folder.joinpath("models", "unlearned.pt").unlink()
+    given = {"folds_teach": 1, "reference_models": files} if folds_teach else {}
+    flow = start(folder, "views", run_id="unlearn", forget_ids=FORGOTTEN, **given)
+    get = flow.parser.get_parsed_content
+    plan, cache, trained = get("planned").phases, get("phases#cache"), get("unlearned")
+    assert plan["targets"].flops == pytest.approx(cache["flops"], rel=0.02)
+    assert plan["targets"].flops + plan["unlearn"].flops == pytest.approx(cache["flops"] + trained["flops"], rel=0.05)
+    if folds_teach:
+        item = get("resolution").splits["forget"][0]
+        image = torch.as_tensor(get("train#preprocessing")(item)["image"])[None]
+        turned = to_reference(get("original_network"), views=get("views"), pool="logits")
+        of_views, of_fold, of_case = (
+            one.logit(1e-6) for one in (turned(image, image[:, :1]),
+                                        to_out_of_fold(get("fold_networks")).of(item)(image, image[:, :1]),
+                                        get("original_network")(image).sigmoid())
+        )  # fmt: skip
+        expected = (0.4 * (2 * of_views - of_case) + 0.6 * of_fold).sigmoid().detach()
+        torch.testing.assert_close(cache["values"]["forget_label"][store_key(item)][None], expected, atol=1e-4, rtol=0)
 
 
 def test_a_learning_rate_of_zero_leaves_every_tensor_and_buffer_bit_identical(quick, tmp_path):
