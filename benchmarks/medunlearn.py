@@ -75,7 +75,8 @@ def trained_on(
 def fold_models(bundle: str, given: dict[str, object], folder: Path) -> dict[str, str]:
     """Train the models of a cross-validation, each on the training cases outside its fold.
 
-    They stand for those that an institute has kept: their training is no part of what unlearning costs.
+    They stand for those that an institute has kept: their training is no part of what unlearning costs, and they serve
+    every request.
     """
     get = content_of(bundle, given, folder)
     training = get("resolution").training
@@ -272,11 +273,12 @@ def main() -> None:
                 if key in {(row["data"], row["request"], row["method"], row["seed"]) for row in finished(ROWS)}:
                     continue
                 overlays, options = METHODS[name]
-                bundle, folder = BUNDLES[arguments.data], arguments.output_dir / arguments.data / f"seed{seed}"
+                bundle, drawn = BUNDLES[arguments.data], arguments.output_dir / arguments.data / f"seed{seed}"
+                folder = drawn
                 given: dict[str, object] = {"forget_fraction": 0.1, "seed": seed}
                 data = {"dataset_dir": str(Path(arguments.dataset_dir).absolute())}
                 if arguments.request == "hardest":
-                    drawn, folder = folder, folder.with_name(f"hardest{seed}")
+                    folder = drawn.with_name(f"hardest{seed}")
                     request = folder.absolute() / "request.yaml"
                     if not request.exists():
                         hardest(bundle, {**given, **data}, drawn.absolute(), request)
@@ -285,7 +287,7 @@ def main() -> None:
                             shutil.copy(drawn / "models" / file, folder / "models" / file)
                     given = {"forget_request": request, "seed": seed}
                 if options.get("folds_teach"):
-                    given["reference_models"] = fold_models(bundle, given | data, folder)
+                    given["reference_models"] = fold_models(bundle, given | data, drawn)
                 if name == THIRD:
                     given["unlearned_model"] = third_retrained(bundle, given | data, folder)
                 given |= {"with_retrained": 2, "relearn_steps": 0, **options}

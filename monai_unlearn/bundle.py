@@ -237,12 +237,21 @@ def content(config_id: str) -> Any:
 
 
 def mentions(config_id: str, name: str) -> bool:
-    """Whether the text of an item of the running configuration holds a name; nothing is resolved for it.
+    """Whether the text of an item of the running configuration, or of what it refers to, holds a name.
 
-    It tells what an overlay does without, such as a reference, before anything is computed. What the item refers to is
-    not searched.
+    Nothing is resolved for it. It tells what an overlay does without, such as a reference, before anything is computed.
     """
-    return any(name in text for text in _leaves(running_parser().get(config_id)))
+    parser, waiting, seen = running_parser(), [config_id], set()
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        for text in _leaves(parser.get(one)):
+            if name in text:
+                return True
+            waiting += ReferenceResolver.match_refs_pattern(text)
+    return False
 
 
 def resolved(config_id: str) -> dict[str, Any]:
