@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,33 +56,31 @@ def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
     return row
 
 
-def measured(data: str, seed: int, dataset_dir: str, folder: Path) -> None:
-    """The rows of a seed that are missing."""
+def missing(path: Path, data: str, seed: int, names: Sequence[str]) -> list[str]:
+    """The models of a seed that have no row yet."""
+    there = {(row["data"], row["seed"], row["method"]) for row in finished(path)}
+    return [name for name in names if (data, str(seed), name) not in there]
 
-    def missing(models: tuple[str, ...]) -> list[str]:
-        there = {(row["data"], row["seed"], row["method"]) for row in finished(ROWS)}
-        return [name for name in models if (data, str(seed), name) not in there]
 
-    if not missing(MODELS):
-        return
+def networks(
+    data: str, seed: int, dataset_dir: str, folder: Path, names: Sequence[str]
+) -> Iterator[tuple[str, nn.Module, Callable[[str], Any]]]:
+    """Models of a run by name, made where they are missing, each with what its configuration holds."""
     bundle = BUNDLES[data]
     given: dict[str, Any] = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
-    for name in missing(UNLEARNED):
-        overlays, options = METHODS[name]
+    for name in names:
+        overlays, options = METHODS[name] if name in UNLEARNED else ((), {})
         chosen = given | options
         if options.get("folds_teach"):
             chosen["reference_models"] = fold_models(bundle, {"dataset_dir": dataset_dir, **given}, folder)
-        run(bundle, overlays, dataset_dir, folder, "unlearn", **chosen)
+        if name in UNLEARNED:
+            run(bundle, overlays, dataset_dir, folder, "unlearn", **chosen)
         get = content_of(bundle, {"dataset_dir": dataset_dir, **chosen}, folder.absolute(), overlays)
-        append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(get("unlearned_network"), get)})
-    get = content_of(bundle, {"dataset_dir": dataset_dir, **given}, folder.absolute())
-    for name in missing(("original", *RETRAINED)):
         if name == "retrained_third":
             file = third_retrained(bundle, {"dataset_dir": dataset_dir, **given}, folder)
-            network = load_weights(get("network_factory")(), file).eval()
+            yield name, load_weights(get("network_factory")(), file).eval(), get
         else:
-            network = get(f"{name}_network")
-        append(ROWS, {"data": data, "seed": seed, "method": name, **row_of(network, get)})
+            yield name, get("unlearned_network" if name in UNLEARNED else f"{name}_network"), get
 
 
 def tables(rows: list[dict]) -> list[str]:
@@ -122,7 +120,10 @@ def main() -> None:
     if arguments.dataset_dir:
         dataset_dir = str(Path(arguments.dataset_dir).absolute())
         for seed in arguments.seeds:
-            measured(arguments.data, seed, dataset_dir, arguments.output_dir / arguments.data / f"seed{seed}")
+            folder = arguments.output_dir / arguments.data / f"seed{seed}"
+            wanted = missing(ROWS, arguments.data, seed, MODELS)
+            for name, network, get in networks(arguments.data, seed, dataset_dir, folder, wanted):
+                append(ROWS, {"data": arguments.data, "seed": seed, "method": name, **row_of(network, get)})
     for data in sorted({row["data"] for row in finished(ROWS)}):
         print(f"\n{data}\n\n" + "\n\n".join(tables([row for row in finished(ROWS) if row["data"] == data])))
 

@@ -45,10 +45,10 @@ OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     "folds": ((), {"folds_teach": 1}),
-    "folds_and_views": (("views",), {"folds_teach": 1}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k", "views", "lean")},
+    "folds_and_views": (("views",), {"folds_teach": 1}),
     THIRD: ((), {}),
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
@@ -162,11 +162,11 @@ def row_of(report: dict, data: str, request: str, method: str, seed: int) -> dic
     return row | costs(report, ("seconds", "flops", "images"))
 
 
-def mean(rows: list[dict], value) -> str:
+def mean(rows: list[dict], value, digits: int = 3) -> str:
     """The mean of a value over rows, with the smallest and the largest where there are several."""
     values = [value(row) for row in rows]
-    spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.3f}{spread}"
+    spread = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
 
 
 def gaps(row: dict, model: str) -> list[float]:

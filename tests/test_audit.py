@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from monai_unlearn.audit import (
     References,
     SplitEvaluator,
     attack,
+    attack_difference,
     auc,
     audit,
     bootstrap_auc,
+    bootstrap_auc_difference,
     bootstrap_mean,
     cl_dice,
     clopper_pearson,
@@ -39,6 +42,7 @@ from monai_unlearn.audit import (
     write_report,
 )
 from monai_unlearn.audit.cost import cost_table
+from monai_unlearn.audit.membership import attacked_scores
 from monai_unlearn.audit.page import render
 from monai_unlearn.audit.report import _patients, plain
 from monai_unlearn.audit.scores import case_scores, hard_masks, summary
@@ -97,6 +101,44 @@ def test_the_interval_of_the_auc_covers_as_often_as_it_says():
         low, high = bootstrap_auc(rng.normal(0, 1, 40), rng.normal(0, 1, 60), resamples=400, seed=seed)
         covered += low <= 0.5 <= high
     assert covered >= 51
+
+
+def test_the_interval_of_a_difference_of_aucs_is_paired():
+    rng = np.random.default_rng(0)
+    hard, unseen = rng.normal(0, 1, 40), rng.normal(0, 1, 60)  # how hard each patient is, for every model
+    one, other = (hard + 0.8, unseen), (hard + 0.5 + rng.normal(0, 0.1, 40), unseen + rng.normal(0, 0.1, 60))
+    low, high = bootstrap_auc_difference(one, other, resamples=500, seed=3)
+    draws, differences = np.random.default_rng(3), []
+    counts = [draws.multinomial(n, np.full(n, 1 / n), size=500) for n in (40, 60)]
+    for drawn in zip(*counts, strict=True):  # each patient as often as drawn, and the same ones for both models
+        sides = [
+            [np.repeat(values, count) for values, count in zip(model, drawn, strict=True)] for model in (one, other)
+        ]
+        differences.append(auc(*sides[0]) - auc(*sides[1]))
+    assert (low, high) == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=1e-12)
+    assert low < auc(*one) - auc(*other) < high
+    apart = bootstrap_auc(*one, seed=3), bootstrap_auc(*other, seed=4)
+    assert high - low < 0.5 * max(end - start for start, end in apart)  # what both find hard cancels
+    assert bootstrap_auc_difference(one, one) == (0, 0)
+    assert np.isnan(bootstrap_auc_difference(([1], [1, 2]), ([2], [1, 2]))).all()
+
+
+def test_an_attack_on_one_model_is_held_against_the_same_attack_on_another():
+    retrained, known = model(0.70, seed=40), model(0.85, seed=30)
+    found = attack_difference(known, retrained, JUDGE, GROUPS)
+    sides = [attacked_scores(rows, JUDGE, GROUPS)["calibrated"] for rows in (known, retrained)]
+    assert found["difference"] == pytest.approx(auc(*sides[0]) - auc(*sides[1]))
+    assert 0 < found["ci"][0] < found["difference"] < found["ci"][1]
+    assert attack_difference(retrained, retrained, JUDGE, GROUPS) == {"difference": 0, "ci": [0, 0]}
+    holes = {split: {key: values.copy() for key, values in rows.items()} for split, rows in known.items()}
+    holes["forget"]["iou"][0] = np.nan
+    without = {split: {key: values[1:] if split == "forget" else values for key, values in rows.items()}
+               for split, rows in known.items()}  # fmt: skip
+    rest = {"forget": {key: values[1:] for key, values in retrained["forget"].items()}, "holdout": retrained["holdout"]}
+    judge = {"forget": {key: values[1:] for key, values in JUDGE["forget"].items()}, "holdout": JUDGE["holdout"]}
+    groups = {**GROUPS, "forget": GROUPS["forget"][1:]}
+    assert attack_difference(holes, retrained, JUDGE, GROUPS) == attack_difference(without, rest, judge, groups)
+    assert attack_difference(known, retrained, JUDGE, {**GROUPS, "forget": ["p"] * 40}) is None
 
 
 def test_exact_shares():
@@ -444,6 +486,10 @@ def test_the_page_is_one_file_with_its_figures_and_escapes_what_it_shows(report,
     stop = {"reference": 0.7, "best_epoch": 1, "history": [{"epoch": 0, "forget": 0.9, "retain": 0.9}]}
     assert render({**report, "stop": stop}).count("data:image/png") == 7
     assert any(case["split"] == "forget" for case in report["_figures"]["cases"])
+    beside = {"difference": 0.014, "ci": [-0.031, 0.06]}
+    assert "from the retrained model" not in text and report["attack_beside_retrained"] is None
+    page = re.sub("<[^>]+>", "", render({**report, "attack_beside_retrained": beside}))
+    assert "The calibrated AUC lies +0.014 [-0.031, 0.060] from the retrained model" in page
 
 
 def test_numbers_that_are_not_finite_become_nothing():

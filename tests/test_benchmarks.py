@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
+
+from monai_unlearn.audit import References
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem != "rows")
@@ -144,6 +147,61 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
     assert told == {"| original": {"0.367"}, "| default": {"0.100"}, "| standard": {"0.133"},
                     "| views": {"0.267"}, "| folds_and_views": {"0.133"},
                     "| retrained models among each other (floor)": {"0.200"}}  # fmt: skip
+
+
+@pytest.fixture
+def distances(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("distances")
+
+
+def test_outputs_are_held_against_how_far_retrained_models_lie_apart(distances):
+    """The floor is the mean of three pairs, each in two rows; a model is not held against itself."""
+    apart = {("retrained", "retrained_other"): 0.1, ("retrained", "retrained_third"): 0.2,
+             ("retrained_other", "retrained_third"): 0.6}  # fmt: skip
+    apart |= {(other, one): value for (one, other), value in apart.items()}
+    apart |= {("views", "retrained"): 0.1, ("views", "retrained_other"): 0.3, ("views", "retrained_third"): 0.8}
+    rows = []
+    for number, name in enumerate(distances.MODELS):
+        row = {"seed": "0", "method": name}
+        for split in distances.SPLITS:
+            row[f"{split}_score"] = str(number / 10)
+            for key in distances.KEYS:
+                row |= {f"{split}_{key}_{other}": "" if other == name else apart.get((name, other), 1.0)
+                        for other in distances.RETRAINED}  # fmt: skip
+        rows.append(row | {"auc_difference": number / 100, "auc_low": -0.1, "auc_high": 0.2})
+    assert distances.tables(rows[1:]) == []  # a model is missing
+    *tables, attacks = distances.tables([*rows, {**rows[0], "seed": "1"}])  # another seed has only just begun
+    assert attacks.splitlines()[2] == "| original | +0.000 | +0.000 [-0.100, +0.200] |"
+    for split, table in zip(distances.SPLITS, tables, strict=True):
+        lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table.splitlines()}
+        assert split in lines and lines["original"][1:] == ["1.0000", "1.0000"]
+        assert lines["views"] == [f"{distances.MODELS.index('views') / 10:.3f}", "0.4000", "0.4000"]
+        mean = sum(distances.MODELS.index(name) for name in distances.RETRAINED) / 30
+        assert lines["retrained models, to each other (floor)"] == [f"{mean:.3f}", "0.3000", "0.3000"]
+
+
+def test_a_model_is_compared_with_every_retrained_one_but_itself(distances, toy_run):
+    get, networks = toy_run
+    row = distances.row_of("views", networks["views"], get, {name: networks[name] for name in distances.RETRAINED})
+    alike, apart = (row[f"forget_js_{name}"] for name in ("retrained", "retrained_other"))
+    assert alike == 0 < apart and row["forget_agreement_retrained"] == 1
+    assert row["auc_difference"] == row["auc_low"] == row["auc_high"] == 0
+    own = distances.row_of("retrained", networks["retrained"], get, {n: networks[n] for n in distances.RETRAINED})
+    assert own["retain_js_retrained"] == "" and own["forget_js_retrained_other"] == apart
+    assert set(own) == set(row)
+
+
+@pytest.fixture
+def toy_run(distances):
+    """Views and the retrained model hold the same weights, the others their own."""
+    torch.manual_seed(0)
+    items = [{"image": torch.randn(1, 8, 8), "label": torch.ones(1, 8, 8), "group": str(i)} for i in range(4)]
+    resolution = type("Resolved", (), {"splits": {"forget": items[:2], "retain": items}, "holdout": items[2:]})
+    get = {"resolution": resolution, "validate#preprocessing": dict, "store": {}, "device": "cpu",
+           "validate#inferer": None, "judges": References([nn.Conv2d(1, 1, 1)]), "seed": 0}.get  # fmt: skip
+    networks = {name: nn.Conv2d(1, 1, 1) for name in distances.RETRAINED}
+    return get, networks | {"views": networks["retrained"]}
 
 
 @pytest.fixture

@@ -112,6 +112,12 @@ def _membership(report: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]
             f"{row['n_forget']} forgotten and {row['n_holdout']} unseen patients resolve an AUC to ±"
             f"{row['resolution']:.3f}" + ("; with so few a smaller trace would not be seen." if few else ".")
         )
+    beside = report.get("attack_beside_retrained")
+    if beside is not None:
+        notes.append(
+            f"The calibrated AUC lies {beside['difference']:+.3f}{_interval(beside['ci'])} from the retrained model's, "
+            "over the same patients."
+        )
     parts += [f"<p class=note>{note}</p>" for note in notes]
     if data.get("attacked"):
         parts.append(figures.calibrated(data["attacked"]))

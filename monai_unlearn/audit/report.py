@@ -28,6 +28,7 @@ from .distance import compare_cases, tug_of_war
 from .durability import Loss, durability_warnings, relearn_curves, relearn_index, removable, weight_probes
 from .membership import (
     Groups,
+    attack_difference,
     attacked_score,
     attacked_scores,
     membership_table,
@@ -171,7 +172,7 @@ def audit(
     alike, alike_groups = unseen_from(scores, groups, resolution.unseen_alike)
     target: float | None = None
     attacked: Scores = {}
-    suppression, membership, control, strongest, leaks, equivalent = None, {}, {}, {}, None, None
+    suppression, membership, control, strongest, leaks, equivalent, beside = None, {}, {}, {}, None, None, None
     compared = _compare(models, datasets, splits, options, meter)
     if suppressed is not None:
         target = 0.0  # what was never taught is never named
@@ -193,6 +194,8 @@ def audit(
         membership = membership_table(attacked, out, alike_groups, seed)
         if out is not None:
             strongest = {name: strongest_attack(rows, out, alike_groups, seed) for name, rows in attacked.items()}
+            if "retrained" in attacked:
+                beside = attack_difference(attacked["unlearned"], attacked["retrained"], out, alike_groups, seed)
         leaks = _leaks(level, level_groups, seed)
         control = controls(alike, membership, alike_groups, seed)
         equivalent = equivalence_to_retrained(scores, compared, groups, resolution.request.limits_in_force, seed)
@@ -248,6 +251,7 @@ def audit(
         ),
         "membership": membership,
         "strongest_attack": strongest or None,
+        "attack_beside_retrained": beside,
         "controls": control,
         "leaks": leaks,
         "cases": table,

@@ -169,16 +169,48 @@ def bootstrap_auc(
     Returns:
         Lower and upper end; both NaN where a side has fewer than two.
     """
-    a, b = np.asarray(members, float), np.asarray(others, float)
-    if len(a) < 2 or len(b) < 2:
-        return float("nan"), float("nan")
-    wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
-    rng = np.random.default_rng(seed)
-    draws_a = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples)
-    draws_b = rng.multinomial(len(b), np.full(len(b), 1 / len(b)), size=resamples)
-    values = ((draws_a @ wins) * draws_b).sum(1) / (len(a) * len(b))
+    (values,) = _drawn_aucs([(members, others)], resamples, seed)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_auc_difference(
+    one: tuple[ArrayLike, ArrayLike],
+    other: tuple[ArrayLike, ArrayLike],
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of AUC(one) − AUC(other), paired: the same patients are drawn for both.
+
+    Args:
+        one: the members' and the others' values under one model, a value for each patient.
+        other: those of the same patients, in the same order, under the other model.
+        level: two-sided coverage.
+        resamples: bootstrap samples.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end; both NaN where a side has fewer than two.
+    """
+    values = _drawn_aucs([one, other], resamples, seed)
+    low, high = np.quantile(values[0] - values[1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _drawn_aucs(models: Sequence[tuple[ArrayLike, ArrayLike]], resamples: int, seed: int) -> list[np.ndarray]:
+    """Each model's AUC, as often as patients are drawn anew; the draws are the same for all. NaN with too few."""
+    number, other = (len(np.asarray(side)) for side in models[0])
+    if number < 2 or other < 2:
+        return [np.full(resamples, np.nan)] * len(models)
+    rng = np.random.default_rng(seed)
+    draws_a, draws_b = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in (number, other))
+    found = []
+    for members, others in models:
+        a, b = np.asarray(members, float), np.asarray(others, float)
+        wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
+        found.append(((draws_a @ wins) * draws_b).sum(1) / (number * other))
+    return found
 
 
 def clopper_pearson(successes: int, number: int, level: float = 0.95) -> tuple[float, float]:
