@@ -112,7 +112,7 @@ def tables(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("isic", "isic_classification"), default="isic")
+    parser.add_argument("--data", choices=("isic",), default="isic")
     parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="draw what the tables say into the bundles' pages")
     arguments = parser.parse_args()
 
+    if "folds_and_views" in arguments.methods and arguments.data not in (None, "isic"):
+        parser.error("folds and views teach together in the lesion bundle alone: --data isic.")
     if arguments.dataset_dir:
         methods, seeds = (QUICK, [0]) if arguments.quick else (arguments.methods, arguments.seeds)
         for seed in seeds:

@@ -441,8 +441,7 @@ class to_blend:
     """What several relabels say together: the weighted mean of their labels as logits, a weighted geometric mean.
 
     Models that never saw the sample know what was to be learned without it, but were trained otherwise than the network
-    that is to forget, and for less long; its own views (see :class:`to_reference`) say what it would, and remember some
-    of the sample. Each misses the retrained model in its own direction, so between them lies a closer one.
+    that is to forget; its own views (see :class:`to_reference`) say what it would, and remember some of the sample.
 
     Args:
         relabels: each gives every sample a label; those that have an ``of`` are asked for the item's own.
