@@ -236,10 +236,10 @@ def content(config_id: str) -> Any:
     return running_parser().get_parsed_content(config_id)
 
 
-def mentions(config_id: str, name: str) -> bool:
+def _mentions(config_id: str, name: str) -> bool:
     """Whether the text of an item of the running configuration, or of what it refers to, holds a name.
 
-    Nothing is resolved for it. It tells what an overlay does without, such as a reference, before anything is computed.
+    Nothing is resolved for it, so that it can be asked before anything is computed.
     """
     parser, waiting, seen = running_parser(), [config_id], set()
     while waiting:
@@ -251,6 +251,27 @@ def mentions(config_id: str, name: str) -> bool:
             if name in text:
                 return True
             waiting += ReferenceResolver.match_refs_pattern(text)
+    return False
+
+
+@plain_errors
+def reference_wanted(stop_at_reference: bool, folds_teach: bool) -> bool:
+    """Whether the running configuration needs the reference that teaches.
+
+    Args:
+        stop_at_reference: whether unlearning stops at the score expected of an unseen case.
+        folds_teach: whether cross-validation models take the reference's place.
+
+    Raises:
+        RequestError: when fold models are to teach a method that asks none of them.
+    """
+    if not folds_teach:
+        return stop_at_reference or _mentions("relabel", "reference_network")
+    if not stop_at_reference and not _mentions("relabel", "fold_networks"):
+        raise RequestError(
+            "--folds_teach 1: this method learns nothing from cross-validation models. Leave the option out; given as "
+            "--reference_models they judge."
+        )
     return False
 
 

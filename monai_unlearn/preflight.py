@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
+from monai.utils import ensure_tuple
 from torch import nn
 
 from .audit.scores import Inferer
@@ -116,16 +117,12 @@ def _text(value: Any) -> str:
 def _shipped_config(folder: Path) -> dict[str, list[Any]]:
     """The values that the configurations of a bundle, and those given to the running command, hold for each key."""
     shipped: dict[str, list[Any]] = {}
-    given = [str(path) for frame in _frames("create_workflow") for path in _as_list(frame.get("config_file"))]
+    given = [str(path) for frame in _frames("create_workflow") for path in ensure_tuple(frame.get("config_file") or ())]
     for path in [str(folder / "train.json"), *given, *sorted(map(str, folder.glob("**/*.json")))]:
         if Path(path).name != "metadata.json" and Path(path).is_file():
             for key, value in ConfigParser.load_config_file(path).items():
                 shipped.setdefault(key.lstrip("+").replace("::", "#").split("#")[0], []).append(value)
     return shipped
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _frames(function: str) -> list[dict[str, Any]]:

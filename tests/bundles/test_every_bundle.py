@@ -513,6 +513,16 @@ def test_folds_save_the_judge_or_where_they_teach_the_reference(bundle, quick, t
         assert "not @folds_teach else None" in audited  # or the audit would train one after all
 
 
+@pytest.mark.parametrize("method", ["identity", "views"])
+@pytest.mark.parametrize("bundle", NAMES)
+def test_folds_are_refused_by_methods_that_ask_none(bundle, method, tmp_path, capsys):
+    if (bundle, method) == ("isic_unlearn", "views"):  # where they teach together
+        method = "background"
+    with pytest.raises(SystemExit) as error:
+        start(bundle, tmp_path, method, run_id="plan", quick=1, folds_teach=1)
+    assert error.value.code == 2 and "learns nothing from cross-validation models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bundle", NAMES)
 def test_several_processes_are_one_overlay_away(bundle, tmp_path, capsys, monkeypatch):
     overlay = json.loads((BUNDLES / bundle / "configs" / "multi_gpu_train.json").read_text())
