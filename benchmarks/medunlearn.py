@@ -209,6 +209,25 @@ def table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
+def frontier(rows: list[dict]) -> str:
+    """The methods that no other is at least as good as in cost, unseen score and agreement on the forgotten at once."""
+    found = {}
+    for name in METHODS:
+        chosen = [row for row in rows if row["method"] == name]
+        if chosen and name != THIRD:
+            values = (lambda row: share(row, "flops"), lambda row: float(row["unlearned_holdout"]),
+                      lambda row: float(row["unlearned_forget_agreement"]))  # fmt: skip
+            cost, unseen, agreement = (float(np.mean([value(row) for row in chosen])) for value in values)
+            found[name] = (cost, -unseen, -agreement), chosen
+    lines = [["frontier", "FLOPs, share of the retrain", "holdout", "forget: agreement", "verdict"]]
+    for name, (point, chosen) in sorted(found.items(), key=lambda one: one[1][0]):
+        others = [other for other, _ in found.values() if other != point]
+        if not any(all(np.less_equal(other, point)) for other in others):
+            verdicts = "; ".join(sorted({row["verdict"] for row in chosen}))
+            lines.append([name, *(f"{abs(value):.3f}" for value in point), verdicts])
+    return markdown(lines)
+
+
 def figure(rows: list[dict], path: Path) -> None:
     """The forget-retain plane with the retrained models, and the cost of each method against its gap to them."""
     import matplotlib
@@ -304,7 +323,7 @@ def main() -> None:
         rows = [row for row in finished(ROWS) if row["data"] == data]
         for request in sorted({row["request"] for row in rows}):
             chosen = [row for row in rows if row["request"] == request]
-            print(f"\n{data}, {request}\n\n{table(chosen)}")
+            print(f"\n{data}, {request}\n\n{table(chosen)}\n\n{frontier(chosen)}")
             if arguments.figures and not request.endswith(TUNED):
                 file_name = f"methods_{request.replace(TUNED, '_tuned')}.svg"
                 figure(chosen, ROOT / "bundles" / BUNDLES[data] / "docs" / "images" / file_name)

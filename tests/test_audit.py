@@ -130,6 +130,9 @@ def test_an_attack_on_one_model_is_held_against_the_same_attack_on_another():
     assert found["difference"] == pytest.approx(auc(*sides[0]) - auc(*sides[1]))
     assert 0 < found["ci"][0] < found["difference"] < found["ci"][1]
     assert attack_difference(retrained, retrained, JUDGE, GROUPS) == {"difference": 0, "ci": [0, 0]}
+    raw = [attacked_scores(rows, JUDGE, GROUPS)["raw"] for rows in (known, retrained)]
+    other = attack_difference(known, retrained, JUDGE, GROUPS, name="raw")
+    assert other["difference"] == auc(*raw[0]) - auc(*raw[1]) != found["difference"]
     holes = {split: {key: values.copy() for key, values in rows.items()} for split, rows in known.items()}
     holes["forget"]["iou"][0] = np.nan
     without = {split: {key: values[1:] if split == "forget" else values for key, values in rows.items()}

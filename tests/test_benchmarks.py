@@ -106,6 +106,18 @@ def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
     assert all(f">{name}<" in drawn for name in {row["method"] for row in rows} - {"retrain"} | seeds)
 
 
+def test_the_frontier_holds_whom_no_other_beats_in_cost_unseen_score_and_agreement_at_once(medunlearn):
+    found = {"identity": (1, 0.7, 0.8), "scrub": (2, 0.7, 0.8), "salun": (3, 0.8, 0.7), "default": (4, 0.8, 0.9),
+             "views": (4, 0.8, 0.9), "fine_tune": (5, 0.79, 0.9), "retrain": (0, 1.0, 1.0)}  # fmt: skip
+    rows = [{"method": name, "verdict": name.upper(), "cache_flops": 0, "reference_flops": cost / 2,
+             "train_flops": cost / 2, "retrain_flops": 10, "unlearned_holdout": unseen + off,
+             "unlearned_forget_agreement": agreement + off} for name, (cost, unseen, agreement) in found.items()
+            for off in (-0.1, 0.1)]  # fmt: skip
+    _, _, *lines = medunlearn.frontier(rows).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["identity", "salun", "default", "views"]
+    assert lines[1] == "| salun | 0.300 | 0.800 | 0.700 | SALUN |"
+
+
 def test_what_a_search_found_is_what_the_run_gets(medunlearn, monkeypatch, tmp_path):
     """Under the same share set apart, and in rows of its own, with the settings."""
     runs, rows = [], []
@@ -169,7 +181,7 @@ def test_outputs_are_held_against_how_far_retrained_models_lie_apart(distances):
             for key in distances.KEYS:
                 row |= {f"{split}_{key}_{other}": "" if other == name else apart.get((name, other), 1.0)
                         for other in distances.RETRAINED}  # fmt: skip
-        rows.append(row | {"auc_difference": number / 100, "auc_low": -0.1, "auc_high": 0.2})
+        rows.append(row | attacks_of(calibrated=number / 100))
     assert distances.tables(rows[1:]) == []  # a model is missing
     *tables, attacks = distances.tables([*rows, {**rows[0], "seed": "1"}])  # another seed has only just begun
     assert attacks.splitlines()[2] == "| original | +0.000 | +0.000 [-0.100, +0.200] |"
@@ -181,12 +193,29 @@ def test_outputs_are_held_against_how_far_retrained_models_lie_apart(distances):
         assert lines["retrained models, to each other (floor)"] == [f"{mean:.3f}", "0.3000", "0.3000"]
 
 
+def attacks_of(**found):
+    return {f"{kind}_{key}": value for kind, at in found.items()
+            for key, value in (("difference", at), ("low", -0.1), ("high", 0.2))}  # fmt: skip
+
+
+def test_the_strongest_attack_is_chosen_on_the_first_seed_alone_in_either_direction(distances):
+    of_seed = {"0": attacks_of(calibrated=0.1, rmia=-0.3), "1": attacks_of(calibrated=0.9, rmia=0.0),
+               "2": attacks_of(calibrated=0.9, rmia=0.1)}  # fmt: skip
+    calibrated, strongest = distances.attack_tables({seed: dict.fromkeys(distances.MODELS, row)
+                                                     for seed, row in of_seed.items()})  # fmt: skip
+    assert calibrated.splitlines()[2].split(" | ")[:3] == ["| original", "+0.633", "+0.100 [-0.100, +0.200]"]
+    _, _, line, *lines = strongest.splitlines()
+    assert line.strip("| ").split(" | ") == ["original", "rmia", "-0.300 [-0.100, +0.200]", "+0.050",
+                                             "+0.000 [-0.100, +0.200]", "+0.100 [-0.100, +0.200]"]  # fmt: skip
+    assert len(lines) == len(distances.MODELS) - 2  # the retrained model is what the others are held against
+
+
 def test_a_model_is_compared_with_every_retrained_one_but_itself(distances, toy_run):
     get, networks = toy_run
     row = distances.row_of("views", networks["views"], get, {name: networks[name] for name in distances.RETRAINED})
     alike, apart = (row[f"forget_js_{name}"] for name in ("retrained", "retrained_other"))
     assert alike == 0 < apart and row["forget_agreement_retrained"] == 1
-    assert row["auc_difference"] == row["auc_low"] == row["auc_high"] == 0
+    assert {row[column] for column in row if column.startswith(("calibrated", "rmia"))} == {0}
     own = distances.row_of("retrained", networks["retrained"], get, {n: networks[n] for n in distances.RETRAINED})
     assert own["retain_js_retrained"] == "" and own["forget_js_retrained_other"] == apart
     assert set(own) == set(row)

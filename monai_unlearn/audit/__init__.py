@@ -7,6 +7,7 @@ from .durability import anamnesis_index, relearn_curve, removable, rounded, with
 from .membership import (
     attack,
     attack_difference,
+    attacked_scores,
     likelihood_ratio,
     lira,
     membership_table,
@@ -45,6 +46,7 @@ __all__ = [
     "anamnesis_index",
     "attack",
     "attack_difference",
+    "attacked_scores",
     "auc",
     "auc_resolution",
     "audit",

@@ -230,9 +230,14 @@ def strongest_attack(
 
 
 def attack_difference(
-    rows: Mapping[str, Rows], other: Mapping[str, Rows], out: Mapping[str, Rows], groups: Groups, seed: int = 0
+    rows: Mapping[str, Rows],
+    other: Mapping[str, Rows],
+    out: Mapping[str, Rows],
+    groups: Groups,
+    seed: int = 0,
+    name: str = "calibrated",
 ) -> dict[str, Any] | None:
-    """How much more the calibrated attack finds of one model than of another, on the same patients.
+    """How much more an attack finds of one model than of another, on the same patients.
 
     Args:
         rows: of the one, see :func:`attacked_scores`.
@@ -240,12 +245,13 @@ def attack_difference(
         out: of the references.
         groups: split -> the patient of each case.
         seed: of the interval.
+        name: of the attack, see :func:`attacked_scores`.
 
     Returns:
         ``difference`` of the two AUCs with its 95 % ``ci``, a paired bootstrap over patients; patients whose score is
         undefined under either are left out. None with fewer than two on a side.
     """
-    pairs = [attacked_scores(one, out, groups)["calibrated"] for one in (rows, other)]
+    pairs = [attacked_scores(one, out, groups)[name] for one in (rows, other)]
     kept = [~np.isnan(pairs[0][side]) & ~np.isnan(pairs[1][side]) for side in (0, 1)]
     one, two = ((sides[0][kept[0]], sides[1][kept[1]]) for sides in pairs)
     if min(map(len, one)) < 2:
