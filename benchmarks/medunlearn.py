@@ -65,7 +65,7 @@ def trained_on(
     """Train a model as the original was, on some of the training cases alone; the file with its weights."""
     kept = ("image", "label", "fold", "group")
     sides = {"training": items, "validation": get("resolution").holdout}
-    lists = {side: [{key: item[key] for key in kept} for item in those] for side, those in sides.items()}
+    lists = {side: [{key: item[key] for key in kept if key in item} for item in those] for side, those in sides.items()}
     write_json(lists, place / "datalist.json")
     run(bundle, (), dataset_dir, place, "original", datalist=place.absolute() / "datalist.json", forget_fraction=0.1,
         seed=seed)  # fmt: skip
