@@ -155,7 +155,7 @@ def row_of(report: dict, data: str, request: str, method: str, seed: int) -> dic
         row |= {f"{model}_{split}": report["scores"][model][split][key] for split in SPLITS}
         row[f"{model}_auc"] = report["membership"].get(model, {}).get("calibrated", {}).get("auc")
         strongest = (report["strongest_attack"] or {}).get(model) or {}
-        row |= {f"{model}_strongest": strongest.get("auc"), f"{model}_strongest_attack": strongest.get("score")}
+        row |= {f"{model}_strongest": strongest.get("auc"), f"{model}_strongest_attack": strongest.get("attack")}
         for measure in ("agreement", "js"):
             row |= {f"{model}_{split}_{measure}": report[measure].get(model, {}).get(split) for split in SPLITS}
     row["tug_of_war"] = report["tug_of_war"]["unlearned"]

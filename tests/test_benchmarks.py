@@ -99,6 +99,21 @@ def test_the_third_retrained_model_sees_the_retained_cases_alone_and_is_handed_i
     assert audited["unlearned_model"] == str(place)
 
 
+def test_a_row_names_the_strongest_attack_and_leaves_out_what_was_not_measured(medunlearn):
+    scores = {split: {"mean_iou": 0.5} for split in medunlearn.SPLITS}
+    units = [f"{part}_{unit}" for part in ("cache", "reference", "train", "retrain") for unit in
+             ("seconds", "flops", "images")]  # fmt: skip
+    report = {"verdict": "FAIL", "splits": {"forget": 2}, "expected_unseen": 0.4, "environment": {"threads": 1},
+              "scores": dict.fromkeys(medunlearn.MODELS, scores), "agreement": {"unlearned": {"forget": 0.9}}, "js": {},
+              "membership": {"unlearned": {"calibrated": {"auc": 0.6}}}, "cost": dict.fromkeys(units, 1.0),
+              "strongest_attack": {"unlearned": {"attack": "rmia", "auc": 0.3}},
+              "tug_of_war": {"unlearned": 0.8}}  # fmt: skip
+    row = medunlearn.row_of(report, "isic", "random", "scrub", 0)
+    assert (row["unlearned_strongest"], row["unlearned_strongest_attack"]) == (0.3, "rmia")
+    assert (row["unlearned_auc"], row["unlearned_forget_agreement"]) == (0.6, 0.9)
+    assert row["retrained_strongest"] is row["retrained_auc"] is row["unlearned_forget_js"] is None
+
+
 def test_every_method_of_the_tables_is_drawn(medunlearn, tmp_path):
     with (BENCHMARKS / "medunlearn.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if (row["data"], row["request"]) == ("isic", "random")]
