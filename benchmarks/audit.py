@@ -14,10 +14,9 @@ the rows of ``erase_to_retain.csv``.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from rows import ROOT, append, finished, markdown, run
+from rows import ROOT, append, finished, markdown, parser_of, run
 
 ROWS = Path(__file__).with_suffix(".csv")
 OTHERS = Path(__file__).with_name("erase_to_retain.csv")
@@ -120,9 +119,7 @@ def expected_table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -14,11 +14,10 @@ which the tables do not hold, is left out of these audits.
 
 from __future__ import annotations
 
-import argparse
 import random
 from pathlib import Path
 
-from rows import ROOT, append, costs, finished, markdown, run, share
+from rows import append, costs, finished, markdown, parser_of, run, share
 
 ROWS = Path(__file__).with_suffix(".csv")
 BUNDLE = "isic_classification_unlearn"
@@ -154,9 +153,7 @@ def sweep_figure(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the nine-class folders; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__, "the nine-class folders")
     parser.add_argument("--jobs", nargs="+", choices=[*JOBS, "sweep"], default=[*JOBS, "sweep"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--figure", type=Path, help="where to draw the sweep, a PNG file")

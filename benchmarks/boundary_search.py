@@ -12,14 +12,13 @@ unlearning: a label that is kept is searched once, the published loop searches a
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigWorkflow
-from rows import ROOT, append, finished, markdown, run
+from rows import ROOT, append, finished, markdown, parser_of, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -157,9 +156,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the nine-class folders; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__, "the nine-class folders")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--images", type=int, default=200)
     arguments = parser.parse_args()

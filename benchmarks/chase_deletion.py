@@ -10,11 +10,10 @@ Observer 1, half resolution, children 11 to 14 held out. All children share the 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import median
 
-from rows import ROOT, append, costs, finished, markdown, run, share
+from rows import append, costs, finished, markdown, parser_of, run, share
 
 ROWS = Path(__file__).with_suffix(".csv")
 CHILDREN = ("02", "04", "05", "07", "09")
@@ -54,9 +53,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the folder of CHASE_DB1; without it the table is printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__, "the folder of CHASE_DB1")
     arguments = parser.parse_args()
     if arguments.dataset_dir:
         for child in CHILDREN:

@@ -11,11 +11,10 @@ model that never saw the class: how far two such models differ is the floor of e
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from rows import ROOT, append, costs, finished, markdown, run, share
+from rows import append, costs, finished, markdown, parser_of, run, share
 
 ROWS = Path(__file__).with_suffix(".csv")
 CLASS = "vascular lesion"
@@ -58,9 +57,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the nine-class folders; without it the table is printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__, "the nine-class folders")
     arguments = parser.parse_args()
     if arguments.dataset_dir:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -13,16 +13,15 @@ the first retrained one, over the same patients; the strongest is chosen on the 
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from durability import RETRAINED, UNLEARNED, missing, networks
+from durability import DATA, RETRAINED, UNLEARNED, missing, networks
 from medunlearn import SPLITS, mean
-from rows import ROOT, append, finished, markdown
+from rows import append, finished, markdown, parser_of
 from torch import nn
 
 from monai_unlearn import MemoryDataset
@@ -120,20 +119,17 @@ def attack_tables(seeds: Mapping[str, Mapping[str, Mapping[str, str]]]) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.dataset_dir:
         dataset_dir = str(Path(arguments.dataset_dir).absolute())
         for seed in arguments.seeds:
-            place = ("isic", seed, dataset_dir, arguments.output_dir / "isic" / f"seed{seed}")
-            wanted = missing(ROWS, "isic", seed, MODELS)
+            place, wanted = (seed, dataset_dir, arguments.output_dir), missing(ROWS, seed, MODELS)
             retrained = {name: one for name, one, _ in networks(*place, RETRAINED if wanted else ())}
             for name, network, get in networks(*place, wanted):
                 row = row_of(name, network, get, retrained)
-                append(ROWS, {"data": "isic", "seed": seed, "method": name, **row})
+                append(ROWS, {"data": DATA, "seed": seed, "method": name, **row})
     print("\n\n".join(tables(finished(ROWS))))
 
 

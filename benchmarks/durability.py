@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does it stay forgotten, when training goes on, the set is learned again, or weights are rounded?
 
-    python benchmarks/durability.py --data isic --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg" --output_dir /runs
+    python benchmarks/durability.py --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg" --output_dir /runs
     python benchmarks/durability.py                          # prints the tables of the rows there are
 
 Resumable: one CSV row for each model of a seed. Original, references and two retrained models are those of
@@ -13,7 +13,6 @@ is the forget set. The floor is what lies between three retrained models that di
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medunlearn import BUNDLES, METHODS, OURS, content_of, fold_models, mean, third_retrained
-from rows import ROOT, append, finished, markdown, run
+from rows import append, finished, markdown, parser_of, run
 from torch import nn
 
 from monai_unlearn import MemoryDataset, load_weights
@@ -30,6 +29,7 @@ from monai_unlearn.audit.durability import relearn_curve, rounded
 from monai_unlearn.audit.scores import main_score
 
 ROWS = Path(__file__).with_suffix(".csv")
+DATA = "isic"
 STEPS = (0, 5, 10, 20, 40, 60)
 TAUGHT = {"benign": "retain", "unrelated": "holdout", "relearn": "forget"}
 PRECISIONS = ("int8", "int4")
@@ -56,17 +56,17 @@ def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
     return row
 
 
-def missing(path: Path, data: str, seed: int, names: Sequence[str]) -> list[str]:
+def missing(path: Path, seed: int, names: Sequence[str]) -> list[str]:
     """The models of a seed that have no row yet."""
-    there = {(row["data"], row["seed"], row["method"]) for row in finished(path)}
-    return [name for name in names if (data, str(seed), name) not in there]
+    there = {(row["seed"], row["method"]) for row in finished(path)}
+    return [name for name in names if (str(seed), name) not in there]
 
 
 def networks(
-    data: str, seed: int, dataset_dir: str, folder: Path, names: Sequence[str]
+    seed: int, dataset_dir: str, output_dir: Path, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Module, Callable[[str], Any]]]:
     """Models of a run by name, made where they are missing, each with what its configuration holds."""
-    bundle = BUNDLES[data]
+    bundle, folder = BUNDLES[DATA], output_dir / DATA / f"seed{seed}"
     given: dict[str, Any] = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
     for name in names:
         overlays, options = METHODS[name] if name in UNLEARNED else ((), {})
@@ -111,21 +111,15 @@ def tables(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("isic",), default="isic")
-    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.dataset_dir:
         dataset_dir = str(Path(arguments.dataset_dir).absolute())
         for seed in arguments.seeds:
-            folder = arguments.output_dir / arguments.data / f"seed{seed}"
-            wanted = missing(ROWS, arguments.data, seed, MODELS)
-            for name, network, get in networks(arguments.data, seed, dataset_dir, folder, wanted):
-                append(ROWS, {"data": arguments.data, "seed": seed, "method": name, **row_of(network, get)})
-    for data in sorted({row["data"] for row in finished(ROWS)}):
-        print(f"\n{data}\n\n" + "\n\n".join(tables([row for row in finished(ROWS) if row["data"] == data])))
+            for name, network, get in networks(seed, dataset_dir, arguments.output_dir, missing(ROWS, seed, MODELS)):
+                append(ROWS, {"data": DATA, "seed": seed, "method": name, **row_of(network, get)})
+    print("\n\n".join(tables(finished(ROWS))))
 
 
 if __name__ == "__main__":

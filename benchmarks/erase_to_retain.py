@@ -12,10 +12,9 @@ of steps on the forget set (75 of batch 64), each at 1, 3 and 10 times the publi
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from rows import ROOT, append, costs, finished, markdown, run, share
+from rows import append, costs, finished, markdown, parser_of, run, share
 
 ROWS = Path(__file__).with_suffix(".csv")
 SPLITS = ("forget", "retain", "holdout")
@@ -109,10 +108,8 @@ def table(rows: list[dict], task: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only these rows")
     arguments = parser.parse_args()

@@ -19,7 +19,6 @@ three methods of one seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections import defaultdict
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 from monai.bundle import ConfigWorkflow
-from rows import PARTS, ROOT, append, costs, finished, markdown, run, share
+from rows import PARTS, ROOT, append, costs, finished, markdown, parser_of, run, share
 
 from monai_unlearn import MemoryDataset, audit
 from monai_unlearn.audit.scores import score_cases
@@ -271,10 +270,8 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", choices=BUNDLES)
-    parser.add_argument("--dataset_dir", help="the real data; without it the tables are printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
     parser.add_argument("--request", choices=("random", "hardest"), default="random")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=CORE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -11,11 +11,10 @@ All methods share the original. The retrained model was taught that the part is 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
-from rows import ROOT, append, costs, finished, markdown, run, share
+from rows import append, costs, finished, markdown, parser_of, run, share
 
 ROWS = Path(__file__).with_suffix(".csv")
 BUNDLE, PART = "hippocampus_unlearn", "posterior"
@@ -59,9 +58,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", help="the folder of the task; without it the table is printed")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    parser = parser_of(__doc__, "the folder of the task")
     arguments = parser.parse_args()
     if arguments.dataset_dir:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)

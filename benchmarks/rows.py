@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -17,6 +18,14 @@ from monai_unlearn.checkpoint import write_text
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("cache", "reference", "train")  # of the cost of unlearning
+
+
+def parser_of(description: str | None, data: str = "the real data") -> argparse.ArgumentParser:
+    """The arguments of every benchmark: where its data is, without which it prints its tables, and where runs go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_dir", help=f"{data}; without it the tables are printed")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output")
+    return parser
 
 
 def run(
