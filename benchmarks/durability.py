@@ -6,9 +6,9 @@
     python benchmarks/durability.py                          # prints the tables of the rows there are
 
 Resumable: one CSV row for each model of a seed. Original, references and two retrained models are those of
-``medunlearn.py``, where it has run in the same folder; a third is trained here. *benign* trains a copy on retained
-cases, *unrelated* on unseen ones, *relearn* on the forget set itself, for the number of steps behind it; what is scored
-is the forget set. The floor is what lies between three retrained models that differ in their seed alone.
+``medunlearn.py``, where it has run in the same folder; a third is trained beside them. *benign* trains a copy on
+retained cases, *unrelated* on unseen ones, *relearn* on the forget set itself, for the number of steps behind it; what
+is scored is the forget set. The floor is what lies between three retrained models that differ in their seed alone.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def networks(
     """Models of a run by name, made where they are missing, each with what its configuration holds."""
     bundle, folder = BUNDLES[DATA], output_dir / DATA / f"seed{seed}"
     given: dict[str, Any] = {"forget_fraction": 0.1, "seed": seed, "with_retrained": 2, "relearn_steps": 0}
+    if names and not (folder / "report.json").exists():  # made here they would hold the folder until this process ends
+        run(bundle, (), dataset_dir, folder, **given)
     for name in names:
         overlays, options = METHODS[name] if name in UNLEARNED else ((), {})
         chosen = given | options

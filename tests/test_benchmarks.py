@@ -178,6 +178,21 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
                     "| retrained models among each other (floor)": {"0.200"}}  # fmt: skip
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_models_that_a_folder_lacks_are_made_by_a_process_of_their_own(durability, monkeypatch, tmp_path, there):
+    """Made while their content is asked for, this process would keep the folder from the runs that follow."""
+    folder, order = tmp_path / "isic" / "seed7", []
+    folder.mkdir(parents=True)
+    if there:
+        (folder / "report.json").write_text("{}")
+    monkeypatch.setattr(durability, "run", lambda *_, **given: order.append(("run", given["with_retrained"])))
+    monkeypatch.setattr(durability, "content_of", lambda *_: lambda key: order.append(key))
+    names = [name for name, _, _ in durability.networks(7, "d", tmp_path, ("retrained", "original"))]
+    assert names == ["retrained", "original"]
+    assert order == [("run", 2)] * (not there) + ["retrained_network", "original_network"]
+    assert list(durability.networks(8, "d", tmp_path, ())) == [] and len(order) == 3 - there
+
+
 @pytest.fixture
 def distances(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
