@@ -298,7 +298,8 @@ def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.
     Args:
         student: without adapters where a scope is given; left as it is.
         original: the same network, plain.
-        scope: a regular expression that whole module names have to match, see :func:`inject_lora`; None holds nothing.
+        scope: a regular expression that whole module names have to match, see :func:`inject_lora`; None or the empty
+            text holds nothing.
 
     Returns:
         A copy with the part held, or the student itself without a scope.
@@ -306,7 +307,7 @@ def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.
     Raises:
         ValueError: when the student has adapters, the scope matches no weights, or nothing is left to train.
     """
-    if scope is None:
+    if not scope:
         return student
     if adapted_layers(student):
         raise StudentError("frozen_scope is for students whose own weights train; adapters take lora_scope.")
@@ -318,7 +319,10 @@ def hold_part(student: nn.Module, original: nn.Module, scope: str | None) -> nn.
         freeze_norm(part).requires_grad_(False)
     if not any(True for part in parts.values() for _ in part.parameters()):
         top = ", ".join(name for name, _ in student.named_children())
-        raise StudentError(f"frozen_scope {scope!r} matches no weights of {type(student).__name__} (its parts: {top}).")
+        raise StudentError(
+            f"frozen_scope {scope!r} matches no weights of {type(student).__name__} (its parts: {top}). Name a part of "
+            "it, or hold nothing: --frozen_scope ''."
+        )
     if not any(parameter.requires_grad for parameter in held.parameters()):
         raise StudentError(f"frozen_scope {scope!r} leaves nothing of {type(student).__name__} to train.")
     return held

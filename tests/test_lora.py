@@ -396,10 +396,12 @@ def test_a_held_part_is_the_originals_bit_for_bit_while_the_rest_trains():
     moved = [name for name in rest if name.endswith(("weight", "running_mean"))]
     assert first and moved and not any(torch.equal(rest[name], before[name]) for name in moved)
     assert all(p.requires_grad != name.startswith("model.0.") for name, p in held.named_parameters())
-    assert hold_part(student, original, None) is student
+    assert hold_part(student, original, None) is student and hold_part(student, original, "") is student
 
 
-@pytest.mark.parametrize(("scope", "message"), [("nowhere", "matches no weights"), (".*", "leaves nothing")])
+@pytest.mark.parametrize(
+    ("scope", "message"), [("nowhere", "hold nothing: --frozen_scope ''"), (".*", "leaves nothing")]
+)
 def test_a_part_to_hold_that_is_none_or_all_is_refused(scope, message):
     with pytest.raises(ValueError, match=message):
         hold_part(small_unet(), small_unet(), scope)
