@@ -380,7 +380,7 @@ def test_the_originals_own_views_need_no_reference(quick, tmp_path):
 
 @pytest.mark.parametrize("folds_teach", [False, True])
 def test_every_view_of_a_case_is_planned(quick, tmp_path, folds_teach):
-    """And where folds teach, the views are blended with them: weights .4 and .6, the views taken beyond by 1."""
+    """And where folds teach, the views are blended with them: weights .4 and .6, the views taken beyond by 1, logits over 1.5."""
     models, folder = quick / "models", copy_of(quick, tmp_path)
     files = {fold: str(models / f"{name}.pt") for fold, name in
              enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
@@ -400,7 +400,7 @@ def test_every_view_of_a_case_is_planned(quick, tmp_path, folds_teach):
                                         to_out_of_fold(get("fold_networks")).of(item)(image, image[:, :1]),
                                         get("original_network")(image).sigmoid())
         )  # fmt: skip
-        expected = (0.4 * (2 * of_views - of_case) + 0.6 * of_fold).sigmoid().detach()
+        expected = ((0.4 * (2 * of_views - of_case) + 0.6 * of_fold) / 1.5).sigmoid().detach()
         torch.testing.assert_close(cache["values"]["forget_label"][store_key(item)][None], expected, atol=1e-4, rtol=0)
 
 
