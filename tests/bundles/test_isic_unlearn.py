@@ -380,7 +380,7 @@ def test_the_originals_own_views_need_no_reference(quick, tmp_path):
 
 @pytest.mark.parametrize("folds_teach", [False, True])
 def test_every_view_of_a_case_is_planned(quick, tmp_path, folds_teach):
-    """And where folds teach, the views are blended with them: weights .4 and .6, the views taken beyond by 1, logits over 1.5."""
+    """And where folds teach, views beyond by 1 are blended with them, weights .4 and .6, and the logits softened."""
     models, folder = quick / "models", copy_of(quick, tmp_path)
     files = {fold: str(models / f"{name}.pt") for fold, name in
              enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
