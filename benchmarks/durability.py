@@ -34,7 +34,7 @@ STEPS = (0, 5, 10, 20, 40, 60)
 TAUGHT = {"benign": "retain", "unrelated": "holdout", "relearn": "forget"}
 PRECISIONS = ("int8", "int4")
 RETRAINED = ("retrained", "retrained_other", "retrained_third")
-UNLEARNED = (*OURS, "views", "folds_and_views")
+UNLEARNED = (*OURS, "views", "reference_and_views", "folds_and_views")
 MODELS = ("original", *UNLEARNED, *RETRAINED)
 SHOWN = ("benign_20", "benign_60", "unrelated_20", "unrelated_60", *(f"relearn_{step}" for step in STEPS[1:]),
          *PRECISIONS)  # fmt: skip

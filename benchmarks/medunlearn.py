@@ -11,10 +11,10 @@ Resumable: one CSV row per finished run. The runs of a seed and a request share 
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
 with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
 remembers most, see :func:`hardest`; it needs the random request's run. ``--methods folds`` lets cross-validation models
-teach, see :func:`fold_models`, and ``folds_and_views`` these and the original's own views; ``--methods retrain`` hands
-in a third retrained model as if it had been unlearned. ``--tuned`` searches the settings of each method first, eight
-trials each, on a part of the unseen cases that no audit sees again; its rows form tables of their own. ``--quick`` runs
-three methods of one seed.
+teach, see :func:`fold_models`, ``folds_and_views`` these and the original's own views, ``reference_and_views`` a cheap
+reference and the views; ``--methods retrain`` hands in a third retrained model as if it had been unlearned. ``--tuned``
+searches the settings of each method first, eight trials each, on a part of the unseen cases that no audit sees again;
+its rows form tables of their own. ``--quick`` runs three methods of one seed.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
                                         "cf_k", "eu_k", "views", "lean")},
     "folds_and_views": (("views",), {"folds_teach": 1}),
+    "reference_and_views": (("views",), {"reference_teaches": 1}),
     THIRD: ((), {}),
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
@@ -280,8 +281,8 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="draw what the tables say into the bundles' pages")
     arguments = parser.parse_args()
 
-    if "folds_and_views" in arguments.methods and arguments.data not in (None, "isic"):
-        parser.error("folds and views teach together in the lesion bundle alone: --data isic.")
+    if {"folds_and_views", "reference_and_views"} & {*arguments.methods} and arguments.data not in (None, "isic"):
+        parser.error("views teach together with others in the lesion bundle alone: --data isic.")
     if arguments.dataset_dir:
         methods, seeds = (QUICK, [0]) if arguments.quick else (arguments.methods, arguments.seeds)
         for seed in seeds:

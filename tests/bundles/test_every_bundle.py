@@ -136,6 +136,7 @@ def test_a_reference_that_nobody_asks_is_neither_trained_nor_reported(bundle, qu
         ("isic_unlearn", "neggrad_plus", {}, True),  # its stop rule asks
         ("isic_unlearn", "learning_rate_zero", {}, True),  # its new labels do
         ("isic_unlearn", "views", {"stop_at_reference": 1}, True),
+        ("isic_unlearn", "views", {"reference_teaches": 1}, True),
         ("isic_unlearn", "neggrad_plus", {"stop_at_reference": 0}, False),
         ("isic_unlearn", "views", {"own_views": "$monai_unlearn.content('reference_network')"}, True),  # through it
     ],

@@ -378,29 +378,31 @@ def test_the_originals_own_views_need_no_reference(quick, tmp_path):
     assert report_of(folder)["relabelling"] == {"passes": 15 * report_of(folder)["splits"]["forget"]}
 
 
-@pytest.mark.parametrize("folds_teach", [False, True])
-def test_every_view_of_a_case_is_planned(quick, tmp_path, folds_teach):
-    """And where folds teach, views beyond by 1 are blended with them, weights .4 and .6, and the logits softened."""
+@pytest.mark.parametrize("others", [None, "folds", "reference"])
+def test_every_view_of_a_case_is_planned(quick, tmp_path, others):
+    """And where others teach with them, their answers are blended: logits, softened, the views taken beyond first."""
     models, folder = quick / "models", copy_of(quick, tmp_path)
     files = {fold: str(models / f"{name}.pt") for fold, name in
              enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
     folder.joinpath("models", "unlearned.pt").unlink()
-    given = {"folds_teach": 1, "reference_models": files} if folds_teach else {}
-    flow = start(folder, "views", run_id="unlearn", forget_ids=FORGOTTEN, **given)
+    given = {None: {}, "folds": {"folds_teach": 1, "reference_models": files}, "reference": {"reference_teaches": 1}}
+    flow = start(folder, "views", run_id="unlearn", forget_ids=FORGOTTEN, **given[others])
     get = flow.parser.get_parsed_content
     plan, cache, trained = get("planned").phases, get("phases#cache"), get("unlearned")
     assert plan["targets"].flops == pytest.approx(cache["flops"], rel=0.02)
     assert plan["targets"].flops + plan["unlearn"].flops == pytest.approx(cache["flops"] + trained["flops"], rel=0.05)
-    if folds_teach:
+    if others:
         item = get("resolution").splits["forget"][0]
         image = torch.as_tensor(get("train#preprocessing")(item)["image"])[None]
         turned = to_reference(get("original_network"), views=get("views"), pool="logits")
-        of_views, of_fold, of_case = (
-            one.logit(1e-6) for one in (turned(image, image[:, :1]),
-                                        to_out_of_fold(get("fold_networks")).of(item)(image, image[:, :1]),
+        other = to_out_of_fold(get("fold_networks")).of(item) if others == "folds" else get("reference_answers")
+        of_views, of_other, of_case = (
+            one.logit(1e-6) for one in (turned(image, image[:, :1]), other(image, image[:, :1]),
                                         get("original_network")(image).sigmoid())
         )  # fmt: skip
-        expected = ((0.4 * (2 * of_views - of_case) + 0.6 * of_fold) / 1.5).sigmoid().detach()
+        beyond, weight, softened = (1, 0.6, 1.5) if others == "folds" else (0.5, 0.3, 1)  # the reference is softened
+        of_views = (of_views + beyond * (of_views - of_case)) / 1.5
+        expected = ((1 - weight) * of_views + weight * of_other / softened).sigmoid().detach()
         torch.testing.assert_close(cache["values"]["forget_label"][store_key(item)][None], expected, atol=1e-4, rtol=0)
 
 
