@@ -291,8 +291,9 @@ class to_reference:
             theirs is read.
         limit: so many of the unseen cases, at even steps.
         match: see :func:`fit_calibration`.
-        views: MONAI's invertible array transforms without randomness, each a view of a sample ``(C, *spatial)``, such
-            as ``Flip(0)`` or ``Affine(translate_params=(0, 3, 0))``; without any the sample is shown as it is.
+        views: MONAI's invertible spatial array transforms without randomness, such as ``Flip(0)`` or
+            ``Affine(translate_params=(0, 3, 0))``; without any the sample is shown as it is. They are shown the
+            samples of a batch as channels of one, so they must treat channels alike.
         pool: what is averaged over the views, ``"probabilities"`` or ``"logits"``, their geometric mean. The second
             stays more certain where views differ.
         beyond: see above, 0 or more; only for a network that was trained on the sample.
@@ -373,12 +374,11 @@ class to_reference:
             return self._logits(image, network)
         said = []
         for view in self.views:
-            seen = [view(MetaTensor(one)) for one in image]
-            logits = self._logits(torch.stack([one.as_tensor() for one in seen]), network)
+            seen = view(MetaTensor(image.flatten(0, 1)))
+            logits = self._logits(seen.as_tensor().unflatten(0, image.shape[:2]), network)
             if logits.ndim == image.ndim:  # a class has no place
-                back = [view.inverse(MetaTensor(of, meta=one.meta, applied_operations=one.applied_operations))
-                        for of, one in zip(logits, seen)]  # fmt: skip
-                logits = torch.stack([one.as_tensor() for one in back])
+                back = MetaTensor(logits.flatten(0, 1), meta=seen.meta, applied_operations=seen.applied_operations)
+                logits = view.inverse(back).as_tensor().unflatten(0, logits.shape[:2])
             said.append(probabilities(logits))
         if self.pool == "logits":
             pooled = torch.stack([_as_logits(one) for one in said]).mean(0)

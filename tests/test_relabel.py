@@ -203,6 +203,14 @@ def test_turned_and_scaled_pictures_are_turned_and_scaled_back(move):
     assert not torch.allclose(seen(image[0]).as_tensor(), image[0], atol=0.1)
 
 
+def test_views_of_a_batch_are_the_views_of_its_samples():
+    network = nn.Conv2d(3, 2, 3, padding=1)
+    image, label = torch.rand(3, 3, 12, 16), torch.zeros(3, 2, 12, 16)
+    views = to_reference(network, views=[Affine(rotate_params=0.4, image_only=True), Flip(1)], beyond=0.5)
+    alone = torch.cat([views(image[[index]], label[[index]]) for index in range(3)])
+    torch.testing.assert_close(views(image, label), alone)
+
+
 def test_the_views_of_a_classifier_are_not_mapped_back():
     network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     image = torch.rand(2, 1, 5, 6, 7)
