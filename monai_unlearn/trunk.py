@@ -257,12 +257,12 @@ class KeepTrunk:
             self.outcome = str(reason)
             logger.info("the frozen part is computed in every step: %s.", reason)
             return
-        dataset.features = self._record(self.trunk, dataset, places)
+        dataset.features, last = self._record(self.trunk, dataset, places)
         recorded = len(next(iter(dataset.features.values())))
         self.scored = recorded * sum(map(len, each)) // len(each[process_rank()])
         self.outcome = f"{self.trunk.kept} tensors of a sample"
         trainer.inferer = TrunkInferer(self.trunk, trainer.inferer)
-        trainer.prepare_batch = _HandOnFeatures(trainer.prepare_batch)
+        trainer.prepare_batch = _HandOnFeatures(trainer.prepare_batch, last)
 
     def _found(self, dataset: MemoryDataset, places: Sequence[tuple[int, int]]) -> FrozenTrunk:
         if all(parameter.requires_grad for parameter in self.network.parameters()):
@@ -291,8 +291,10 @@ class KeepTrunk:
 
     def _record(
         self, trunk: FrozenTrunk, dataset: MemoryDataset, places: Sequence[tuple[int, int]]
-    ) -> dict[str, dict[Any, Tensor]]:
+    ) -> tuple[dict[str, dict[Any, Tensor]], list[bool]]:
+        """The features, and which of them are kept channels last: as they were found, so that none is reordered."""
         features: dict[str, dict[Any, Tensor]] = {f"{FEATURE}{place}": {} for place in range(trunk.kept)}
+        last: list[bool] = []
         for start in tqdm(
             range(0, len(places), self.batch_size), "frozen part", leave=False, disable=process_rank() > 0
         ):
@@ -302,9 +304,11 @@ class KeepTrunk:
                 for patch, sample in enumerate(_as_list(dataset.view(index, view)))
             ]
             found = trunk.record(self.network, torch.stack([image for _, image in rows]).to(self._image.device))
-            for values, tensor in zip(features.values(), found):
-                values |= {key: one.clone() for (key, _), one in zip(rows, tensor.cpu())}
-        return features
+            last = last or [_channels_last(tensor) for tensor in found]
+            for values, tensor, moved in zip(features.values(), found, last):
+                kept = tensor.cpu().movedim(1, -1) if moved else tensor.cpu()
+                values |= {key: one.clone(memory_format=torch.contiguous_format) for (key, _), one in zip(rows, kept)}
+        return features, last
 
     def flops(self) -> int:
         """What recording took."""
@@ -315,17 +319,26 @@ class KeepTrunk:
         return {"outcome": self.outcome, "samples": self.scored, "gib": round(self.gib, 4)}
 
 
+def _channels_last(tensor: Tensor) -> bool:
+    """Whether a batch ``(B, C, *spatial)`` lies in memory channels last, and only so."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.is_contiguous() or tensor.ndim not in formats:
+        return False
+    return tensor.is_contiguous(memory_format=formats[tensor.ndim])
+
+
 class _HandOnFeatures:
     """A trainer's ``prepare_batch`` that hands the batch's features on to its inferer."""
 
-    def __init__(self, prepare: Callable[..., Any]) -> None:
-        self.prepare = prepare
+    def __init__(self, prepare: Callable[..., Any], last: Sequence[bool]) -> None:
+        self.prepare, self.last = prepare, last
 
     def __call__(self, batchdata: Any, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         prepared = self.prepare(batchdata, device, non_blocking, **kwargs)
         image, target, args, more = prepared if len(prepared) == 4 else (*prepared, (), {})
         number = sum(str(name).startswith(FEATURE) for name in batchdata)
         features = [batchdata[f"{FEATURE}{place}"].to(device, non_blocking=non_blocking) for place in range(number)]
+        features = [one.movedim(-1, 1) if moved else one for one, moved in zip(features, self.last)]
         return image, target, args, {**more, "features": features or None}
 
 

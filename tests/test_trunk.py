@@ -185,15 +185,24 @@ def test_bad_requests_are_refused():
         KeepTrunk(nn.Identity(), -1)
 
 
-def unlearned(tmp_path, name, *handlers, scope="decoder", **options):
-    student = make_student(small_unet(), scope)
+def unlearned(tmp_path, name, *handlers, scope="decoder", memory_format=torch.contiguous_format, **options):
+    student = make_student(small_unet(), scope).to(memory_format=memory_format)
     trainer = unlearning_trainer(student, epochs=3, handlers=[one(student) for one in handlers], **options)
     return run_phase(trainer, tmp_path / name / "models" / "unlearned.pt", "f"), student, trainer
 
 
-def test_a_run_with_and_without_the_trunk_gives_the_same_weights(tmp_path):
-    plain, first, _ = unlearned(tmp_path, "plain")
-    short, second, trainer = unlearned(tmp_path, "short", KeepTrunk)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_run_with_and_without_the_trunk_gives_the_same_weights(tmp_path, memory_format, monkeypatch):
+    formats, played_back = set(), FrozenTrunk.played_back
+
+    def spy(trunk, network, features):
+        formats.update(one.is_contiguous(memory_format=memory_format) for one in features)
+        return played_back(trunk, network, features)
+
+    plain, first, _ = unlearned(tmp_path, "plain", memory_format=memory_format)
+    monkeypatch.setattr(FrozenTrunk, "played_back", spy)
+    short, second, trainer = unlearned(tmp_path, "short", KeepTrunk, memory_format=memory_format)
+    assert formats == {True}  # as the network computes them, so that no layer has to reorder them
     assert isinstance(trainer.inferer, TrunkInferer) and short["reports"]["trunk"]["samples"] == 12
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=1e-5, atol=1e-5)
     assert short["flops"] < 0.75 * plain["flops"] and short["key"] == plain["key"]
