@@ -11,8 +11,9 @@ Resumable: one CSV row per finished run. The runs of a seed and a request share 
 models of different seeds, whose difference is the floor: no method can be asked to come closer. Each run is audited
 with a judge that taught nobody, without relearning. ``--request hardest`` forgets the patients that the original
 remembers most, see :func:`hardest`; it needs the random request's run. ``--methods folds`` lets cross-validation models
-teach, see :func:`fold_models`, ``folds_and_views`` these and the original's own views, ``reference_and_views`` a cheap
-reference and the views; ``--methods retrain`` hands in a third retrained model as if it had been unlearned. ``--tuned``
+teach, see :func:`fold_models`, ``views`` the original's own answers on other views, ``reference_and_views`` a cheap
+reference and these, ``folds_and_views`` cross-validation models and these, each with ``_hardened`` behind the name so
+that less comes back; ``--methods retrain`` hands in a third retrained model as if it had been unlearned. ``--tuned``
 searches the settings of each method first, eight trials each, on a part of the unseen cases that no audit sees again;
 its rows form tables of their own. ``--quick`` runs three methods of one seed.
 """
@@ -41,14 +42,17 @@ BUNDLES = {"isic": "isic_unlearn", "isic_classification": "isic_classification_u
            "hippocampus": "hippocampus_unlearn", "chase": "chase_unlearn"}  # fmt: skip
 THIRD = "retrain"
 OURS = {"default": ((), {}), "standard": ((), {"durability": "standard"})}
+VIEWS = {f"{others}views{suffix}": (("views",), taught | given)
+         for suffix, given in {"": {}, "_hardened": {"durability": "hardened"}}.items()
+         for others, taught in {"": {}, "reference_and_": {"reference_teaches": 1},
+                                "folds_and_": {"folds_teach": 1}}.items()}  # fmt: skip
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     **OURS,
     "folds": ((), {"folds_teach": 1}),
     **{name: ((name,), {}) for name in ("identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher",
                                         "erase_to_retain", "l1_sparse", "gradient_ascent", "random_label", "msg", "ssd",
-                                        "cf_k", "eu_k", "views", "lean")},
-    "folds_and_views": (("views",), {"folds_teach": 1}),
-    "reference_and_views": (("views",), {"reference_teaches": 1}),
+                                        "cf_k", "eu_k", "lean")},
+    **VIEWS,
     THIRD: ((), {}),
 }  # fmt: skip
 CORE = [*OURS, "identity", "fine_tune", "neggrad_plus", "salun", "scrub", "bad_teacher", "erase_to_retain"]
@@ -281,8 +285,8 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help="draw what the tables say into the bundles' pages")
     arguments = parser.parse_args()
 
-    if {"folds_and_views", "reference_and_views"} & {*arguments.methods} and arguments.data not in (None, "isic"):
-        parser.error("views teach together with others in the lesion bundle alone: --data isic.")
+    if {*VIEWS} & {*arguments.methods} - {"views"} and arguments.data not in (None, "isic"):
+        parser.error("of the other bundles the views teach alone and have no hardened settings of their own.")
     if arguments.dataset_dir:
         methods, seeds = (QUICK, [0]) if arguments.quick else (arguments.methods, arguments.seeds)
         for seed in seeds:

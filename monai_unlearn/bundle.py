@@ -255,18 +255,21 @@ def _mentions(config_id: str, name: str) -> bool:
 
 
 @plain_errors
-def reference_wanted(stop_at_reference: bool, folds_teach: bool) -> bool:
+def reference_wanted(stop_at_reference: bool, folds_teach: bool, reference_teaches: bool = False) -> bool:
     """Whether the running configuration needs the reference that teaches.
 
     Args:
         stop_at_reference: whether unlearning stops at the score expected of an unseen case.
         folds_teach: whether cross-validation models take the reference's place.
+        reference_teaches: whether a method that can do without a reference is to be taught by one.
 
     Raises:
-        RequestError: when fold models are to teach a method that asks none of them.
+        RequestError: when fold models are to teach a method that asks none of them, or beside a reference.
     """
     if not folds_teach:
-        return stop_at_reference or _mentions("relabel", "reference_network")
+        return stop_at_reference or reference_teaches or _mentions("relabel", "reference_network")
+    if reference_teaches:
+        raise RequestError("--folds_teach 1 --reference_teaches 1: either of them teaches, not both; leave one out.")
     if not stop_at_reference and not _mentions("relabel", "fold_networks"):
         raise RequestError(
             "--folds_teach 1: this method learns nothing from cross-validation models. Leave the option out; given as "

@@ -378,15 +378,18 @@ def test_the_originals_own_views_need_no_reference(quick, tmp_path):
     assert report_of(folder)["relabelling"] == {"passes": 15 * report_of(folder)["splits"]["forget"]}
 
 
-@pytest.mark.parametrize("others", [None, "folds", "reference"])
-def test_every_view_of_a_case_is_planned(quick, tmp_path, others):
+@pytest.mark.parametrize(
+    ("others", "durability", "beyond"),
+    [(None, "standard", 0.3), ("folds", "standard", 1), ("folds", "hardened", 0.7), ("reference", "standard", 0.5)],
+)
+def test_every_view_of_a_case_is_planned(quick, tmp_path, others, durability, beyond):
     """And where others teach with them, their answers are blended: logits, softened, the views taken beyond first."""
     models, folder = quick / "models", copy_of(quick, tmp_path)
     files = {fold: str(models / f"{name}.pt") for fold, name in
              enumerate(("retrained", "reference", "judge", "unlearned"))}  # fmt: skip
     folder.joinpath("models", "unlearned.pt").unlink()
     given = {None: {}, "folds": {"folds_teach": 1, "reference_models": files}, "reference": {"reference_teaches": 1}}
-    flow = start(folder, "views", run_id="unlearn", forget_ids=FORGOTTEN, **given[others])
+    flow = start(folder, "views", run_id="unlearn", forget_ids=FORGOTTEN, durability=durability, **given[others])
     get = flow.parser.get_parsed_content
     plan, cache, trained = get("planned").phases, get("phases#cache"), get("unlearned")
     assert plan["targets"].flops == pytest.approx(cache["flops"], rel=0.02)
@@ -400,10 +403,16 @@ def test_every_view_of_a_case_is_planned(quick, tmp_path, others):
             one.logit(1e-6) for one in (turned(image, image[:, :1]), other(image, image[:, :1]),
                                         get("original_network")(image).sigmoid())
         )  # fmt: skip
-        beyond, weight, softened = (1, 0.6, 1.5) if others == "folds" else (0.5, 0.3, 1)  # the reference is softened
+        weight, softened = (0.6, 1.5) if others == "folds" else (0.3, 1)  # the reference is softened
         of_views = (of_views + beyond * (of_views - of_case)) / 1.5
         expected = ((1 - weight) * of_views + weight * of_other / softened).sigmoid().detach()
         torch.testing.assert_close(cache["values"]["forget_label"][store_key(item)][None], expected, atol=1e-4, rtol=0)
+
+
+def test_either_folds_or_a_reference_teach_with_the_views(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        start(tmp_path, "views", run_id="plan", folds_teach=1, reference_teaches=1)
+    assert error.value.code == 2 and "leave one out" in capsys.readouterr().err
 
 
 def test_a_learning_rate_of_zero_leaves_every_tensor_and_buffer_bit_identical(quick, tmp_path):
