@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medunlearn import BUNDLES, METHODS, OURS, content_of, fold_models, mean, third_retrained
+from medunlearn import BUNDLES, METHODS, OURS, VIEWS, content_of, fold_models, mean, third_retrained
 from rows import append, finished, markdown, parser_of, run
 from torch import nn
 
@@ -34,7 +34,7 @@ STEPS = (0, 5, 10, 20, 40, 60)
 TAUGHT = {"benign": "retain", "unrelated": "holdout", "relearn": "forget"}
 PRECISIONS = ("int8", "int4")
 RETRAINED = ("retrained", "retrained_other", "retrained_third")
-UNLEARNED = (*OURS, "views", "reference_and_views", "folds_and_views")
+UNLEARNED = (*OURS, *VIEWS)
 MODELS = ("original", *UNLEARNED, *RETRAINED)
 SHOWN = ("benign_20", "benign_60", "unrelated_20", "unrelated_60", *(f"relearn_{step}" for step in STEPS[1:]),
          *PRECISIONS)  # fmt: skip

@@ -167,6 +167,7 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
     columns = ("benign_0", *durability.SHOWN)
     levels = {"original": 0.9, "default": 0.5, "standard": 0.6, "retrained": 0.4, "retrained_other": 0.5}
     levels |= {"retrained_third": 0.7, "views": 0.8, "reference_and_views": 0.5, "folds_and_views": 0.4}
+    levels |= {"views_hardened": 0.9, "reference_and_views_hardened": 0.7, "folds_and_views_hardened": 0.3}
     rows = [{"seed": "0", "method": name, **dict.fromkeys(columns, level)} for name, level in levels.items()]
     unfinished = {"seed": "1", "method": "default", **dict.fromkeys(columns, 0.0)}
     assert durability.tables([unfinished]) == []
@@ -175,6 +176,8 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
     told = {line.split(" | ")[0]: {*line.strip(" |").split(" | ")[1:]} for line in gaps[2:]}
     assert told == {"| original": {"0.367"}, "| default": {"0.100"}, "| standard": {"0.133"},
                     "| views": {"0.267"}, "| reference_and_views": {"0.100"}, "| folds_and_views": {"0.133"},
+                    "| views_hardened": {"0.367"}, "| reference_and_views_hardened": {"0.167"},
+                    "| folds_and_views_hardened": {"0.233"},
                     "| retrained models among each other (floor)": {"0.200"}}  # fmt: skip
 
 
