@@ -251,10 +251,9 @@ def figure(rows: list[dict], path: Path) -> None:
     for model, label, marker, size, chosen in stars if third else stars[:2]:
         forget, retain = ([float(row[f"{model}_{split}"]) for row in chosen] for split in ("forget", "retain"))
         plane.scatter(forget, retain, size, marker=marker, color="#b7791f", label=label, zorder=3)
-    for place, name in enumerate(METHODS):
+    found = {row["method"] for row in rows} - {THIRD}
+    for place, name in enumerate(name for name in METHODS if name in found):
         chosen = [row for row in rows if row["method"] == name]
-        if not chosen or name == THIRD:
-            continue
         forget, retain = ([float(row[f"unlearned_{split}"]) for row in chosen] for split in ("forget", "retain"))
         spent, distances = [share(row, "flops") for row in chosen], [gap(row, "unlearned") for row in chosen]
         look: dict[str, Any] = {"color": plt.get_cmap("tab20")(place), "marker": "o^sDvXdp<>"[place % 10]}
