@@ -285,7 +285,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if {*VIEWS} & {*arguments.methods} - {"views"} and arguments.data not in (None, "isic"):
-        parser.error("of the other bundles the views teach alone and have no hardened settings of their own.")
+        parser.error("only the lesion bundle has views that are hardened or teach with others: --data isic.")
     if arguments.dataset_dir:
         methods, seeds = (QUICK, [0]) if arguments.quick else (arguments.methods, arguments.seeds)
         for seed in seeds:
