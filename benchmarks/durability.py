@@ -5,17 +5,18 @@
     python benchmarks/durability.py --dataset_dir "$MONAI_UNLEARN_DATA/isic2018_seg" --output_dir /runs
     python benchmarks/durability.py                          # prints the tables of the rows there are
 
-Resumable: one CSV row for each model of a seed. Original, references and two retrained models are those of
-``medunlearn.py``, where it has run in the same folder; a third is trained beside them. *benign* trains a copy on
-retained cases, *unrelated* on unseen ones, *relearn* on the forget set itself, for the number of steps behind it; what
-is scored is the forget set. The floor is what lies between three retrained models that differ in their seed alone.
+Resumable: one CSV row for each model of a seed and order of batches. Original, references and two retrained models are
+those of ``medunlearn.py``, where it has run in the same folder; a third is trained beside them. *benign* trains a copy
+on retained cases, *unrelated* on unseen ones, *relearn* on the forget set itself, for the number of steps behind it;
+what is scored is the forget set. The floor is what lies between three retrained models that differ in their seed alone.
+The order in which batches come moves single steps by as much, so some models are taught in several orders.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ PRECISIONS = ("int8", "int4")
 RETRAINED = ("retrained", "retrained_other", "retrained_third")
 UNLEARNED = (*OURS, *VIEWS)
 MODELS = ("original", *UNLEARNED, *RETRAINED)
+ORDERS = 3  # of batches, for these; the others are taught in one
+OFTEN = ("default", "views_hardened", "folds_and_views_hardened", *RETRAINED)
 SHOWN = ("benign_20", "benign_60", "unrelated_20", "unrelated_60", *(f"relearn_{step}" for step in STEPS[1:]),
          *PRECISIONS)  # fmt: skip
 
 
-def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
+def row_of(network: nn.Module, get: Callable[[str], Any], order: int = 0) -> dict[str, float]:
     """The forget score of a network as it is, after each number of steps on each set, and rounded."""
     splits = {**get("resolution").splits, "holdout": get("resolution").holdout}
     cases = {name: MemoryDataset(splits[name], get("validate#preprocessing"), get("store")) for name in TAUGHT.values()}
@@ -48,7 +51,7 @@ def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
     row = {}
     for kind, taught in TAUGHT.items():
         curve = relearn_curve(network, cases[taught], cases["forget"], get("train#loss_function"), STEPS,
-                              seed=get("seed"), desc=kind, **options)  # fmt: skip
+                              seed=get("seed") + 100 * order, desc=kind, **options)  # fmt: skip
         row |= {f"{kind}_{at['steps']}": at["score"] for at in curve}
     for precision in PRECISIONS:
         scores = score_cases(rounded(network, precision), cases["forget"], **options)
@@ -56,14 +59,16 @@ def row_of(network: nn.Module, get: Callable[[str], Any]) -> dict[str, float]:
     return row
 
 
-def missing(path: Path, seed: int, names: Sequence[str]) -> list[str]:
-    """The models of a seed that have no row yet."""
-    there = {(row["seed"], row["method"]) for row in finished(path)}
-    return [name for name in names if (str(seed), name) not in there]
+def missing(path: Path, seed: int, names: Sequence[str], often: Sequence[str] = ()) -> dict[str, list[int]]:
+    """The models of a seed that lack rows, with the orders of batches that they lack."""
+    there = {(row["seed"], row["method"], int(row.get("order", 0))) for row in finished(path)}
+    lacking = {name: [order for order in range(ORDERS if name in often else 1) if (str(seed), name, order) not in there]
+               for name in names}  # fmt: skip
+    return {name: orders for name, orders in lacking.items() if orders}
 
 
 def networks(
-    seed: int, dataset_dir: str, output_dir: Path, names: Sequence[str]
+    seed: int, dataset_dir: str, output_dir: Path, names: Collection[str]
 ) -> Iterator[tuple[str, nn.Module, Callable[[str], Any]]]:
     """Models of a run by name, made where they are missing, each with what its configuration holds."""
     bundle, folder = BUNDLES[DATA], output_dir / DATA / f"seed{seed}"
@@ -87,27 +92,35 @@ def networks(
 
 def tables(rows: list[dict]) -> list[str]:
     """The scores, and how far they lie from the three retrained models'; of seeds whose rows are all there."""
-    seeds: dict[str, dict[str, dict]] = defaultdict(dict)
+    drawn: dict[str, dict[int, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        seeds[row["seed"]][row["method"]] = row
-    complete = [of for of in seeds.values() if len(of) == len(MODELS)]
+        drawn[row["seed"]][int(row["order"])][row["method"]] = row
+    once = [of[0] for of in drawn.values() if len(of[0]) == len(MODELS)]
+    often = [[of[order] for order in range(ORDERS)] for of in drawn.values()]
+    often = [orders for orders in often if all({*OFTEN} <= {*of} for of in orders)]
+    return [*tables_of(once, MODELS, ""),
+            *tables_of(list(itertools.chain(*often)), OFTEN, f", {ORDERS} orders of batches")]  # fmt: skip
+
+
+def tables_of(complete: list[dict[str, dict]], names: Sequence[str], told: str) -> list[str]:
+    """Scores and distances of some models over draws of batches."""
     if not complete:
         return []
     columns = ("benign_0", *SHOWN)
 
     def apart(pairs: list[tuple[str, str]]) -> list[str]:
-        """The mean difference of pairs of models, seed by seed."""
+        """The mean difference of pairs of models, draw by draw."""
 
         def distance(of: dict[str, dict], at: str) -> float:
             return sum(abs(float(of[one][at]) - float(of[other][at])) for one, other in pairs) / len(pairs)
 
         return [mean(complete, lambda of, at=at: distance(of, at)) for at in columns]
 
-    scores = [["forget score", "as it is", *SHOWN]]
+    scores = [[f"forget score{told}", "as it is", *SHOWN]]
     scores += [[name, *(mean(complete, lambda of, at=at, name=name: float(of[name][at])) for at in columns)]
-               for name in MODELS]  # fmt: skip
-    gaps = [["distance to the retrained models", "as it is", *SHOWN]]
-    gaps += [[name, *apart([(name, other) for other in RETRAINED])] for name in ("original", *UNLEARNED)]
+               for name in names]  # fmt: skip
+    gaps = [[f"distance to the retrained models{told}", "as it is", *SHOWN]]
+    gaps += [[name, *apart([(name, other) for other in RETRAINED])] for name in names if name not in RETRAINED]
     gaps.append(["retrained models among each other (floor)", *apart(list(itertools.combinations(RETRAINED, 2)))])
     return [markdown(scores), markdown(gaps)]
 
@@ -119,8 +132,11 @@ def main() -> None:
     if arguments.dataset_dir:
         dataset_dir = str(Path(arguments.dataset_dir).absolute())
         for seed in arguments.seeds:
-            for name, network, get in networks(seed, dataset_dir, arguments.output_dir, missing(ROWS, seed, MODELS)):
-                append(ROWS, {"data": DATA, "seed": seed, "method": name, **row_of(network, get)})
+            wanted = missing(ROWS, seed, MODELS, OFTEN)
+            for name, network, get in networks(seed, dataset_dir, arguments.output_dir, wanted):
+                for order in wanted[name]:
+                    row = row_of(network, get, order)
+                    append(ROWS, {"data": DATA, "seed": seed, "method": name, "order": order, **row})
     print("\n\n".join(tables(finished(ROWS))))
 
 

@@ -168,8 +168,9 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
     levels = {"original": 0.9, "default": 0.5, "standard": 0.6, "retrained": 0.4, "retrained_other": 0.5}
     levels |= {"retrained_third": 0.7, "views": 0.8, "reference_and_views": 0.5, "folds_and_views": 0.4}
     levels |= {"views_hardened": 0.9, "reference_and_views_hardened": 0.7, "folds_and_views_hardened": 0.3}
-    rows = [{"seed": "0", "method": name, **dict.fromkeys(columns, level)} for name, level in levels.items()]
-    unfinished = {"seed": "1", "method": "default", **dict.fromkeys(columns, 0.0)}
+    rows = [{"seed": "0", "method": name, "order": "0", **dict.fromkeys(columns, level)}
+            for name, level in levels.items()]  # fmt: skip
+    unfinished = {"seed": "1", "method": "default", "order": "0", **dict.fromkeys(columns, 0.0)}
     assert durability.tables([unfinished]) == []
     scores, gaps = (table.splitlines() for table in durability.tables([*rows, unfinished]))
     assert len(scores) == 2 + len(levels) and scores[2] == "| original | " + " | ".join(["0.900"] * len(columns)) + " |"
@@ -179,6 +180,26 @@ def test_what_comes_back_is_held_against_how_far_retrained_models_lie_apart(dura
                     "| views_hardened": {"0.367"}, "| reference_and_views_hardened": {"0.167"},
                     "| folds_and_views_hardened": {"0.233"},
                     "| retrained models among each other (floor)": {"0.200"}}  # fmt: skip
+
+
+def test_what_comes_back_is_averaged_over_orders_of_batches(durability, tmp_path, monkeypatch):
+    columns = ("benign_0", *durability.SHOWN)
+    rows = [{"seed": "0", "method": name, "order": str(order), **dict.fromkeys(columns, place + order * (place == 1))}
+            for order in range(durability.ORDERS) for place, name in enumerate(durability.OFTEN)]  # fmt: skip
+    assert durability.tables(rows[:-1]) == []  # an order is not complete
+    scores, gaps = (table.splitlines() for table in durability.tables(rows))
+    assert len(scores) == 2 + len(durability.OFTEN) and scores[0].startswith("| forget score, 3 orders of batches |")
+    told = {line.split(" | ")[0]: line.strip(" |").split(" | ")[1] for line in scores[2:]}
+    assert told["| default"] == "0.000 [0.000, 0.000]" and told["| views_hardened"] == "2.000 [1.000, 3.000]"
+    assert {line.split(" | ")[1] for line in gaps[2:] if line.startswith("| views_hardened")} == {
+        "2.000 [1.000, 3.000]"
+    }
+    for row in rows[:-1]:
+        durability.append(tmp_path / "rows.csv", row)
+    names = ("original", *durability.OFTEN)
+    assert durability.missing(tmp_path / "rows.csv", 0, names, durability.OFTEN) == {
+        "original": [0], durability.OFTEN[-1]: [durability.ORDERS - 1]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("there", [False, True])
