@@ -393,6 +393,7 @@ def test_every_view_of_a_case_is_planned(quick, tmp_path, others, durability, be
     get = flow.parser.get_parsed_content
     plan, cache, trained = get("planned").phases, get("phases#cache"), get("unlearned")
     assert plan["targets"].flops == pytest.approx(cache["flops"], rel=0.02)
+    assert (get("shrink"), get("learning_rate")) == ((0.8, 1e-3) if durability == "hardened" else (0.9, 5e-4))
     assert plan["targets"].flops + plan["unlearn"].flops == pytest.approx(cache["flops"] + trained["flops"], rel=0.05)
     if others:
         item = get("resolution").splits["forget"][0]
